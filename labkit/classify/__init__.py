@@ -1,0 +1,1 @@
+"""Q1: train, measure and inspect an image classifier."""

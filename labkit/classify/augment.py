@@ -1,0 +1,229 @@
+"""Batched augmentation on the device.
+
+Every draw is a function of (seed, epoch, index of the picture), so that neither order, nor the
+number of processes, nor resumption in mid-epoch can change what the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from labkit.classify.counter import integers, uniform
+from labkit.classify.data import Split
+from labkit.classify.policies import rand_augment, trivial_augment
+from labkit.classify.presets import AugmentConfig, TrainConfig
+from labkit.runtime import InputError
+
+
+def flip_mask(flip: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Which pictures are mirrored: (B,) bool.
+
+    `alternating` mirrors a random half in even epochs and the other half in odd ones, so that
+    two epochs show every picture both ways (Jordan 2024, arXiv 2404.00498, section 3.6).
+    """
+    if flip == "none":
+        return torch.zeros_like(indices, dtype=torch.bool)
+    if flip == "random":
+        return uniform(seed, epoch, indices, "flip") < 0.5
+    return (uniform(seed, 0, indices, "flip") < 0.5) ^ (epoch % 2 == 1)
+
+
+def mirror(images: Tensor, mask: Tensor) -> Tensor:
+    """Images (B, C, H, W), mirrored left-right where `mask` (B,) is true."""
+    return torch.where(mask[:, None, None, None], images.flip(3), images)
+
+
+def erase_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Images (B, C, H, W) with one box each set to 0; boxes are (B,) pixels and may overhang."""
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (B, H)
+    in_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])  # (B, W)
+    return images.masked_fill(in_rows[:, None, :, None] & in_columns[:, None, None, :], 0)
+
+
+def cutout(images: Tensor, size: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """A square of `size` pixels set to 0 around a random pixel (DeVries 2017, 1708.04552)."""
+    height, width = images.shape[2:]
+    top = integers(seed, epoch, indices, "cutout.top", height) - size // 2
+    left = integers(seed, epoch, indices, "cutout.left", width) - size // 2
+    side = torch.full_like(top, size)
+    return erase_boxes(images, top, left, side, side)
+
+
+def random_erasing(
+    images: Tensor, probability: float, seed: int, epoch: int, indices: Tensor
+) -> Tensor:
+    """A rectangle of 2 to 33 % of the area set to 0, in some pictures (Zhong 2017, 1708.04896)."""
+
+    def draw(stream: str) -> Tensor:
+        return uniform(seed, epoch, indices, f"erase.{stream}")
+
+    height, width = images.shape[2:]
+    area = height * width * (0.02 + 0.31 * draw("area"))
+    aspect = torch.exp(np.log(0.3) * (1 - 2 * draw("aspect")))
+    box_height = (area * aspect).sqrt().round().clamp(max=height)
+    box_width = (area / aspect).sqrt().round().clamp(max=width)
+    top = (draw("top") * (height - box_height + 1)).floor()
+    left = (draw("left") * (width - box_width + 1)).floor()
+    chosen = draw("chosen") < probability
+    return erase_boxes(images, top, left, box_height * chosen, box_width)
+
+
+def beta(alpha: float, seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
+    """Beta(alpha, alpha) draws, one a picture: (B,) float in [0, 1].
+
+    Drawn by inverting the distribution function, of which alpha = 1 needs none.
+    """
+    draws = uniform(seed, epoch, indices, stream)
+    if alpha == 1.0:
+        return draws
+    from scipy.special import betaincinv
+
+    quantiles = betaincinv(alpha, alpha, draws.cpu().double().numpy())
+    return torch.from_numpy(quantiles).to(draws)
+
+
+def mixup(images: Tensor, partners: Tensor, weight: Tensor) -> Tensor:
+    """`weight` (B,) of each picture and the rest of its partner (Zhang 2018, 1710.09412)."""
+    return partners + weight[:, None, None, None] * (images - partners)
+
+
+def cutmix(
+    images: Tensor, partners: Tensor, weight: Tensor, centre_y: Tensor, centre_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A box of the partner pasted in (Yun 2019, 1905.04899).
+
+    Args:
+        images: (B, C, H, W).
+        partners: (B, C, H, W).
+        weight: (B,) wanted share of the original area.
+        centre_y: (B,) centre of the box in [0, 1] of the height.
+        centre_x: (B,) likewise of the width.
+
+    Returns:
+        The mixed images, and the share (B,) of original area after clipping at the edges.
+    """
+    height, width = images.shape[2:]
+    side = (1 - weight).sqrt()
+    top = ((centre_y * height) - side * height / 2).round().clamp(0, height)
+    bottom = ((centre_y * height) + side * height / 2).round().clamp(0, height)
+    left = ((centre_x * width) - side * width / 2).round().clamp(0, width)
+    right = ((centre_x * width) + side * width / 2).round().clamp(0, width)
+    hole = erase_boxes(torch.ones_like(images[:, :1]), top, left, bottom - top, right - left)
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return torch.where(hole.bool(), images, partners), share
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (B, 3, H, W) uint8 as float32 of mean 0 and deviation 1, in channels_last."""
+    shape = (1, len(mean), 1, 1)
+    offset = 255 * torch.tensor(mean, device=images.device).view(shape)
+    scale = 1 / (255 * torch.tensor(std, device=images.device).view(shape))
+    floats = images.to(torch.float32, memory_format=torch.channels_last)
+    return floats.sub_(offset).mul_(scale)
+
+
+class TrainingImages:
+    """A training split on the device, padded once, from which augmented batches are cut."""
+
+    def __init__(
+        self, split: Split, classes: int, config: TrainConfig, device: torch.device
+    ) -> None:
+        self._config = config
+        self._classes = classes
+        self._labels = torch.from_numpy(split.labels).to(device)
+        self._windows = _padded_windows(split, config.augment, device)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def pixels(self, epoch: int, indices: Tensor) -> Tensor:
+        """Pictures `indices` as `epoch` shows them, before normalisation: (B, 3, H, W) uint8."""
+        augment, seed = self._config.augment, self._config.seed
+        offsets = 2 * augment.pad + 1
+        top = integers(seed, epoch, indices, "crop.top", offsets)
+        left = integers(seed, epoch, indices, "crop.left", offsets)
+        images = self._windows[indices, top, left]
+        if augment.flip != "none":
+            images = mirror(images, flip_mask(augment.flip, seed, epoch, indices))
+        if augment.policy == "trivial":
+            images = trivial_augment(images, seed, epoch, indices)
+        elif augment.policy == "rand":
+            images = rand_augment(images, seed, epoch, indices)
+        return images
+
+    def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of pictures `indices` as `epoch` shows them.
+
+        Args:
+            epoch: counted from 0.
+            indices: (B,) int64 positions in the split, on the device.
+
+        Returns:
+            Normalised images (B, 3, H, W) float32 in channels_last, and their classes as (B,)
+            int64, or as (B, C) float probabilities in an epoch that mixes pictures.
+        """
+        images, labels = self._varied(epoch, indices), self._labels[indices]
+        augment = self._config.augment
+        mixes = augment.mixup > 0 or augment.cutmix > 0
+        if not mixes or epoch >= augment.mix_until * self._config.epochs:
+            return images, labels
+        partner = integers(self._config.seed, epoch, indices, "mix.partner", len(self))
+        images, share = self._mixed(epoch, indices, images, self._varied(epoch, partner))
+        own, other = (F.one_hot(each, self._classes) for each in (labels, self._labels[partner]))
+        return images, share[:, None] * own + (1 - share)[:, None] * other
+
+    def _varied(self, epoch: int, indices: Tensor) -> Tensor:
+        augment, seed = self._config.augment, self._config.seed
+        images = normalise(self.pixels(epoch, indices), self._config.mean, self._config.std)
+        if augment.cutout:
+            images = cutout(images, augment.cutout, seed, epoch, indices)
+        if augment.erase:
+            images = random_erasing(images, augment.erase, seed, epoch, indices)
+        return images
+
+    def _mixed(
+        self, epoch: int, indices: Tensor, images: Tensor, partners: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images mixed by mixup or CutMix (a coin decides where both are on), and own shares."""
+        augment, seed = self._config.augment, self._config.seed
+        if augment.mixup > 0:
+            share = beta(augment.mixup, seed, epoch, indices, "mixup.weight")
+            blended = mixup(images, partners, share)
+            if augment.cutmix == 0:
+                return blended, share
+        weight = beta(augment.cutmix, seed, epoch, indices, "cutmix.weight")
+        centre_y = uniform(seed, epoch, indices, "cutmix.y")
+        centre_x = uniform(seed, epoch, indices, "cutmix.x")
+        pasted, area = cutmix(images, partners, weight, centre_y, centre_x)
+        if augment.mixup == 0:
+            return pasted, area
+        coin = uniform(seed, epoch, indices, "mix.kind") < 0.5
+        return torch.where(coin[:, None, None, None], blended, pasted), torch.where(
+            coin, share, area
+        )
+
+
+def _padded_windows(split: Split, augment: AugmentConfig, device: torch.device) -> Tensor:
+    """Every crop of every padded picture, as a view: (N, 2 pad + 1, 2 pad + 1, 3, H, W) uint8."""
+    height, width = split.images.shape[1:3]
+    if augment.pad_mode == "reflect" and augment.pad >= min(height, width):
+        raise InputError(
+            f"pad must be smaller than the picture ({height} x {width}) where it mirrors, "
+            f"got {augment.pad}"
+        )
+    around = ((0, 0), (augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
+    if augment.pad:
+        mode: Any = "constant" if augment.pad_mode == "zero" else "reflect"
+        padded = np.pad(split.images, around, mode=mode)
+    else:
+        padded = split.images
+    images = torch.from_numpy(padded).to(device)
+    return images.unfold(1, height, 1).unfold(2, width, 1)

@@ -1,0 +1,273 @@
+"""What a classifier's probabilities are worth: accuracy, calibration and errors, on NumPy arrays.
+
+Throughout, `probabilities` is (N, C) with rows that sum to 1, `labels` is (N,) in [0, C), N is at
+least 1, and the predicted class is the most probable one (the first of equals). Arrays that break
+this raise InputError.
+
+Sources: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927; Guo et
+al., On Calibration of Modern Neural Networks, 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from labkit.runtime import InputError
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Precision, recall and F1 of one class, in [0, 1]; `support` counts its true images."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Predictions with a confidence in (low, high]: their mean confidence, accuracy and count."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    count: int
+
+
+def accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval:
+    """Score interval (Wilson, 1927) of an accuracy of `correct` out of `total`.
+
+    It holds for new images drawn like these ones; what another training run would change is not
+    in it.
+
+    Raises:
+        InputError: `total` is not positive, `correct` not in [0, total] or `level` not in (0, 1).
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise InputError(f"correct must lie in [0, total] and total be positive: {correct}/{total}")
+    if not 0.0 < level < 1.0:
+        raise InputError(f"level must lie between 0 and 1, such as 0.95, got {level}")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = correct / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z / scale * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    low = 0.0 if correct == 0 else float(centre - half)
+    high = 1.0 if correct == total else float(centre + half)
+    return low, high
+
+
+def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Counts (C, C): row, the true class; column, the predicted one.
+
+    Raises:
+        InputError: the lengths differ, or a value is not an integer in [0, `classes`).
+    """
+    true = _class_indices("labels", labels, classes)
+    said = _class_indices("predictions", predictions, classes)
+    if true.shape != said.shape:
+        raise InputError(f"labels and predictions differ in length: {len(true)} and {len(said)}")
+    counts = np.bincount(true * classes + said, minlength=classes * classes)
+    return counts.reshape(classes, classes).astype(np.int64)
+
+
+def class_scores(confusion: ArrayLike, classes: Sequence[str]) -> tuple[ClassScores, ...]:
+    """Scores of each class from a confusion matrix (C, C); what would divide by zero is 0.
+
+    Raises:
+        InputError: `confusion` is not square with one row per name in `classes`.
+    """
+    matrix = np.asarray(confusion)
+    if matrix.shape != (len(classes), len(classes)):
+        raise InputError(f"confusion must be {len(classes)} × {len(classes)}, got {matrix.shape}")
+    hits, said, true = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(true, 1)
+    f1 = 2 * hits / np.maximum(said + true, 1)
+    rows = zip(classes, precision, recall, f1, true, strict=True)
+    return tuple(ClassScores(n, float(p), float(r), float(f), int(s)) for n, p, r, f, s in rows)
+
+
+def reliability(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
+) -> tuple[ReliabilityBin, ...]:
+    """Confidence against accuracy in `bins` equal steps of (0, 1] (Guo et al., 2017).
+
+    Lowest first; a step without predictions is left out.
+    """
+    if bins < 1:
+        raise InputError(f"bins must be at least 1, got {bins}")
+    table, true = _checked(probabilities, labels)
+    confidence, correct = table.max(axis=1), table.argmax(axis=1) == true
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    place = np.searchsorted(edges[1:-1], confidence, side="left")
+    members = ((index, place == index) for index in np.unique(place))
+    return tuple(
+        ReliabilityBin(
+            low=float(edges[index]),
+            high=float(edges[index + 1]),
+            confidence=float(confidence[inside].mean()),
+            accuracy=float(correct[inside].mean()),
+            count=int(inside.sum()),
+        )
+        for index, inside in members
+    )
+
+
+def expected_calibration_error(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
+) -> float:
+    """Mean distance of confidence from accuracy over `bins` equal bins (Guo et al., 2017)."""
+    return _calibration_error(reliability(probabilities, labels, bins))
+
+
+def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of -log p(true class) in nats; a probability below 2.2e-16 counts as that."""
+    table, true = _checked(probabilities, labels)
+    likely = table[np.arange(len(true)), true]
+    return float(-np.log(np.clip(likely, np.finfo(np.float64).eps, 1.0)).mean())
+
+
+def top_k_accuracy(probabilities: ArrayLike, labels: ArrayLike, k: int) -> float:
+    """Share of images whose true class is among the `k` most probable (of equals, the first).
+
+    Raises:
+        InputError: `k` is not in [1, C].
+    """
+    table, true = _checked(probabilities, labels)
+    if not 1 <= k <= table.shape[1]:
+        raise InputError(f"k must lie between 1 and the {table.shape[1]} classes, got {k}")
+    best = np.argsort(-table, axis=1, kind="stable")[:, :k]
+    return float((best == true[:, None]).any(axis=1).mean())
+
+
+def confident_mistakes(
+    probabilities: ArrayLike, labels: ArrayLike, count: int
+) -> NDArray[np.int64]:
+    """Indices of at most `count` wrong predictions, most confident first."""
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    table, true = _checked(probabilities, labels)
+    wrong = np.flatnonzero(table.argmax(axis=1) != true)
+    order = np.argsort(-table.max(axis=1)[wrong], kind="stable")
+    return wrong[order][:count].astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Metrics:
+    """One evaluation on one labelled set; shares lie in [0, 1], intervals are 95 % Wilson.
+
+    `accuracy_tta` is that of probabilities averaged over views of each image (test-time
+    augmentation), None where there were none; all else is without it. `nll` is in nats,
+    `confusion` is (C, C) with the true classes as rows.
+    """
+
+    classes: tuple[str, ...]
+    accuracy: float
+    accuracy_interval: Interval
+    accuracy_tta: float | None
+    accuracy_tta_interval: Interval | None
+    nll: float
+    ece: float
+    confusion: NDArray[np.int64]
+    per_class: tuple[ClassScores, ...]
+    reliability: tuple[ReliabilityBin, ...]
+
+    @classmethod
+    def from_probabilities(
+        cls,
+        probabilities: ArrayLike,
+        labels: ArrayLike,
+        classes: Sequence[str],
+        tta_probabilities: ArrayLike | None = None,
+    ) -> Metrics:
+        """Measure `probabilities` (N, C) and, for the accuracy alone, `tta_probabilities` (N, C).
+
+        Raises:
+            InputError: the arrays do not fit each other or `classes`, or are no probabilities.
+        """
+        table, true = _checked(probabilities, labels)
+        if table.shape[1] != len(classes):
+            raise InputError(f"{len(classes)} class names for {table.shape[1]} probabilities each")
+        confusion = confusion_matrix(true, table.argmax(axis=1), len(classes))
+        bins = reliability(table, true)
+        accuracy, interval = _accuracy(table, true)
+        accuracy_tta, interval_tta = None, None
+        if tta_probabilities is not None:
+            averaged, _ = _checked(tta_probabilities, true)
+            if averaged.shape != table.shape:
+                raise InputError(f"tta_probabilities are {averaged.shape}, not {table.shape}")
+            accuracy_tta, interval_tta = _accuracy(averaged, true)
+        return cls(
+            classes=tuple(classes),
+            accuracy=accuracy,
+            accuracy_interval=interval,
+            accuracy_tta=accuracy_tta,
+            accuracy_tta_interval=interval_tta,
+            nll=negative_log_likelihood(table, true),
+            ece=_calibration_error(bins),
+            confusion=confusion,
+            per_class=class_scores(confusion, classes),
+            reliability=bins,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries, ready for `metrics.json`."""
+        tta = self.accuracy_tta_interval
+        return {
+            "test_accuracy": self.accuracy,
+            "test_accuracy_interval": list(self.accuracy_interval),
+            "test_accuracy_tta": self.accuracy_tta,
+            "test_accuracy_tta_interval": None if tta is None else list(tta),
+            "nll": self.nll,
+            "ece": self.ece,
+            "classes": list(self.classes),
+            "confusion": self.confusion.tolist(),
+            "per_class": [asdict(row) for row in self.per_class],
+            "reliability": [asdict(row) for row in self.reliability],
+        }
+
+
+def _accuracy(table: NDArray[np.float64], true: NDArray[np.int64]) -> tuple[float, Interval]:
+    correct = int((table.argmax(axis=1) == true).sum())
+    return correct / len(true), accuracy_interval(correct, len(true))
+
+
+def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    gap = sum(row.count * abs(row.accuracy - row.confidence) for row in bins)
+    return gap / sum(row.count for row in bins)
+
+
+def _class_indices(name: str, values: ArrayLike, classes: int) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} must be (N,) integers, got {array.dtype} of {array.shape}")
+    if array.size and not 0 <= array.min() <= array.max() < classes:
+        span = f"{array.min()} to {array.max()}"
+        raise InputError(f"{name} must lie in [0, {classes}), one index per class; got {span}")
+    return array.astype(np.int64)
+
+
+def _checked(
+    probabilities: ArrayLike, labels: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    table = np.asarray(probabilities, dtype=np.float64)
+    if table.ndim != 2 or 0 in table.shape:
+        raise InputError(f"probabilities must be (N, C) and not empty, got {table.shape}")
+    likely = (table >= 0).all() and np.allclose(table.sum(axis=1), 1.0, atol=0.01)
+    if not likely:
+        raise InputError("probabilities must be rows that sum to 1; apply softmax to logits first")
+    true = _class_indices("labels", labels, table.shape[1])
+    if len(true) != len(table):
+        raise InputError(f"{len(true)} labels for {len(table)} rows of probabilities")
+    return table, true

@@ -1,0 +1,298 @@
+"""What a training run is: `TrainConfig`, and the presets that fill it in."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from labkit.runtime import InputError, PrecisionName
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+def _check_choices(config: object) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        choices, value = get_args(hint), getattr(config, name)
+        if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise InputError(f"{name} must be {limit}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a training picture is varied; each step is off at its default.
+
+    Attributes:
+        pad: pixels added on every side before a random crop of the original size.
+        pad_mode: what the added pixels show: black, or the picture mirrored.
+        flip: mirror left-right at random, or in alternate epochs after a random first one.
+        policy: TrivialAugmentWide, or RandAugment with 2 operations of magnitude 9.
+        erase: probability of blanking a rectangle (random erasing).
+        cutout: side in pixels of a square blanked in every picture (0: none).
+        mixup: alpha of the Beta distribution of mixup weights (0: off).
+        cutmix: alpha of the Beta distribution of CutMix areas (0: off).
+        mix_until: fraction of the epochs after which mixup and CutMix stop.
+    """
+
+    pad: int = 0
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    flip: Literal["none", "random", "alternating"] = "none"
+    policy: Literal["none", "trivial", "rand"] = "none"
+    erase: float = 0.0
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("pad", "cutout", "mixup", "cutmix"):
+            _check_range(name, getattr(self, name), 0)
+        _check_range("erase", self.erase, 0, 1)
+        _check_range("mix_until", self.mix_until, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides how a model is trained; two runs of equal configuration are equal.
+
+    Attributes:
+        preset: name of the recipe this configuration began as.
+        data: where the pictures come from (see `labkit.classify.data.load_data`).
+        image_size: side in pixels of the pictures; other than 32 only for a folder of images.
+        model: name for `labkit.classify.models.build_model`, with `model_options`.
+        batch_size: pictures per optimiser step, over all processes together.
+        learning_rate: peak of the schedule.
+        decay_all: decay norms and biases too, as plain `AdamW(model.parameters())` does.
+        norm_bias_lr_scale: factor on the learning rate of BatchNorm biases.
+        schedule: shape of the learning rate over the run, after `warmup_epochs` of linear rise.
+        schedule_per: the schedule moves with every step, or stays constant within an epoch.
+        ema_decay: decay per step of the averaged weights that are evaluated (0: off).
+        clip_norm: largest norm of the gradient (0: no clipping).
+        hold_out: training pictures held out as validation split; when there are any, the epoch
+            of best validation accuracy counts, otherwise the last one.
+        mean: channel means of the normalisation, in [0, 1].
+        std: channel deviations of the normalisation.
+    """
+
+    preset: str = "custom"
+    data: str = "hub"
+    image_size: int = 32
+    model: str = "resnet18"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 40
+    batch_size: int = 256
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    decay_all: bool = False
+    norm_bias_lr_scale: float = 1.0
+    schedule: Literal["cosine", "one-cycle", "triangle"] = "cosine"
+    schedule_per: Literal["step", "epoch"] = "step"
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    precision: PrecisionName = "auto"
+    compile: bool = False
+    hold_out: int = 0
+    seed: int = 0
+    mean: tuple[float, float, float] = CIFAR10_MEAN
+    std: tuple[float, float, float] = CIFAR10_STD
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("epochs", "batch_size", "image_size"):
+            _check_range(name, getattr(self, name), 1)
+        for name in ("weight_decay", "clip_norm", "hold_out", "norm_bias_lr_scale", "seed"):
+            _check_range(name, getattr(self, name), 0)
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            _check_range(name, getattr(self, name), 0, 1)
+        _check_range("warmup_epochs", self.warmup_epochs, 0, self.epochs)
+        if self.learning_rate <= 0:
+            raise InputError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        if min(self.std) <= 0:
+            raise InputError(f"std must be positive in every channel, got {self.std!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        plain = dataclasses.asdict(self)
+        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that `to_json` described.
+
+        Raises:
+            InputError: a key is missing its meaning in this version of labkit.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(plain) - known):
+            raise InputError(
+                f"settings {unknown} are unknown to this version of labkit; "
+                "use the version that wrote the run, or start a new one"
+            )
+        values = dict(plain)
+        for name in ("mean", "std"):
+            if name in values:
+                values[name] = tuple(values[name])
+        if "augment" in values:
+            values["augment"] = AugmentConfig(**values["augment"])
+        return cls(**values)
+
+
+_CROP_FLIP = AugmentConfig(pad=4, flip="random")
+_STRONG = AugmentConfig(pad=4, flip="random", policy="trivial", erase=0.1, cutmix=1.0)
+
+PRESETS: Mapping[str, TrainConfig] = {
+    config.preset: config
+    for config in (
+        # The lab's own recipe, to the letter: decay on everything, a learning rate per epoch.
+        TrainConfig(
+            preset="seed-resnet18",
+            model="resnet18",
+            epochs=40,
+            batch_size=256,
+            optimizer="adamw",
+            learning_rate=1e-3,
+            weight_decay=1e-2,
+            decay_all=True,
+            schedule="cosine",
+            schedule_per="epoch",
+            augment=_CROP_FLIP,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        TrainConfig(
+            preset="resnet18",
+            model="resnet18-3x3",
+            epochs=80,
+            batch_size=512,
+            optimizer="sgd",
+            learning_rate=0.2,
+            weight_decay=5e-4,
+            schedule="triangle",
+            warmup_epochs=16,
+            label_smoothing=0.1,
+            augment=AugmentConfig(pad=4, pad_mode="reflect", flip="alternating", cutout=8),
+        ),
+        # The textbook Vision Transformer, at the size of ViT-CIFAR.
+        TrainConfig(
+            preset="vit-classic",
+            model="vit",
+            model_options={"patch": 4, "width": 384, "depth": 7, "heads": 12, "mlp_ratio": 1.0},
+            epochs=200,
+            batch_size=128,
+            learning_rate=1e-3,
+            weight_decay=5e-2,
+            warmup_epochs=5,
+            label_smoothing=0.1,
+            augment=AugmentConfig(pad=4, flip="random", policy="trivial"),
+        ),
+        TrainConfig(
+            preset="vit",
+            model="vit",
+            model_options={
+                "patch": 2,
+                "tokens": "conv",
+                "width": 256,
+                "depth": 8,
+                "heads": 8,
+                "pool": "mean",
+                "relative_bias": True,
+                "mimetic": True,
+                "drop_path": 0.1,
+                "head_dropout": 0.3,
+            },
+            epochs=200,
+            batch_size=128,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            schedule="one-cycle",
+            warmup_epochs=20,
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            augment=_STRONG,
+        ),
+        # ImageNet-21k weights at 224 pixels; a few epochs are enough.
+        TrainConfig(
+            preset="vit-finetune",
+            model="vit-finetune",
+            epochs=5,
+            batch_size=128,
+            learning_rate=5e-5,
+            weight_decay=1e-2,
+            warmup_epochs=0.5,
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            augment=AugmentConfig(pad=4, pad_mode="reflect", flip="random"),
+        ),
+        # airbench94 (Jordan 2024, arXiv 2404.00498), its rates turned from summed to mean loss.
+        TrainConfig(
+            preset="speed",
+            model="speed",
+            epochs=8,
+            batch_size=1024,
+            optimizer="sgd",
+            learning_rate=1.5,
+            weight_decay=1.33e-3,
+            momentum=0.85,
+            norm_bias_lr_scale=64.0,
+            schedule="triangle",
+            warmup_epochs=1.6,
+            label_smoothing=0.2,
+            ema_decay=0.95,
+            augment=AugmentConfig(pad=2, pad_mode="reflect", flip="alternating"),
+        ),
+        # What the notebook trains on the embedded scenes: a small ViT, minutes on two CPU cores.
+        TrainConfig(
+            preset="demo",
+            data="scenes",
+            model="vit",
+            model_options={
+                "patch": 4,
+                "tokens": "conv",
+                "width": 96,
+                "depth": 4,
+                "heads": 4,
+                "pool": "mean",
+                "relative_bias": True,
+                "mimetic": True,
+            },
+            epochs=8,
+            batch_size=128,
+            learning_rate=2e-3,
+            weight_decay=5e-2,
+            schedule="one-cycle",
+            warmup_epochs=2,
+            clip_norm=1.0,
+            hold_out=1000,
+            augment=_CROP_FLIP,
+        ),
+    )
+}
+
+
+def get_preset(name: str, **changes: Any) -> TrainConfig:
+    """The preset called `name`, with `changes` to single fields.
+
+    Raises:
+        InputError: there is no such preset, or a change is out of range.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"preset {name!r} is unknown; {hint}there are: {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], **changes)

@@ -1,0 +1,117 @@
+"""The command line: `labkit train | eval | doctor`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from labkit.runtime import LabkitError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a CIFAR-10 classifier well, and segment in an image what a sentence names.",
+)
+
+
+@app.callback()
+def _setup() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Option(help="Name of the recipe.")] = "seed-resnet18",
+    data: Annotated[str, typer.Option(help="hub, toronto, scenes, or a folder.")] = "hub",
+    epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    hold_out: Annotated[
+        int, typer.Option(help="Training pictures held out to choose the best epoch.")
+    ] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a preset, evaluate it once on the test split, and write a report."""
+    from labkit.classify.engine import fit
+    from labkit.classify.presets import get_preset
+
+    changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    config = get_preset(
+        preset,
+        data=data,
+        seed=seed,
+        hold_out=hold_out,
+        precision=precision,
+        compile=compile_model,
+        **changes,
+    )
+    folder = Path("runs") / preset if out is None else out
+    run = fit(config, out=folder, resume=resume, device=device)
+    if run.folder is not None:
+        _tell(run)
+
+
+def _tell(run: Any) -> None:
+    metrics = run.metrics
+    low, high = metrics.accuracy_interval
+    print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
+    print(f"test accuracy   {metrics.accuracy:.2%}  (95 % interval {low:.2%} to {high:.2%})")
+    print(f"with flip TTA   {metrics.accuracy_tta:.2%}")
+    print(f"report          {run.folder / 'report.html'}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="Other pictures than it was trained on.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure a finished run again, and write its report anew."""
+    from labkit.classify.data import load_data
+    from labkit.classify.run import load_run
+
+    loaded = load_run(run, data=None if data is None else load_data(data), device=device)
+    if data is None:
+        loaded.report()
+    _tell(loaded)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine offers: versions, device, precision, disk and cache."""
+    import shutil
+
+    from labkit.files import cache_dir
+    from labkit.runtime import device_name, pick_device, resolve_precision, versions
+
+    device = pick_device()
+    cache = cache_dir()
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    for name, version in versions().items():
+        print(f"{name:<14}{version}")
+    print(f"{'device':<14}{device_name(device)}")
+    print(f"{'precision':<14}{resolve_precision('auto', device).name}")
+    print(f"{'disk':<14}{shutil.disk_usage(existing).free / 2**30:.1f} GiB free at {existing}")
+    print(f"{'cache':<14}{size / 2**20:.0f} MiB in {cache}")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one line, not in a traceback."""
+    try:
+        app()
+    except LabkitError as error:
+        print(f"labkit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("labkit: interrupted; add --resume to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import log_loss, precision_recall_fscore_support, top_k_accuracy_score
+
+from labkit.classify import metrics
+from labkit.classify.metrics import Metrics
+from labkit.runtime import InputError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchmetrics.classification import MulticlassCalibrationError
+
+Case = tuple[NDArray[np.float64], NDArray[np.int64]]
+CLASSES = ("cat", "dog", "frog", "ship", "truck")
+
+
+def random_case(seed: int, rows: int = 400) -> Case:
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, len(CLASSES), rows)
+    logits = draw.normal(size=(rows, len(CLASSES)))
+    logits[np.arange(rows), labels] += 1.0
+    table = np.exp(logits)
+    return table / table.sum(axis=1, keepdims=True), labels
+
+
+@pytest.mark.parametrize("correct, total", [(0, 7), (7, 7), (1, 1), (3, 10), (9612, 10000)])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_accuracy_interval_matches_scipy(correct: int, total: int, level: float) -> None:
+    expected = binomtest(correct, total).proportion_ci(level, method="wilson")
+    low, high = metrics.accuracy_interval(correct, total, level)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0.0 <= low <= correct / total <= high <= 1.0
+
+
+@pytest.mark.parametrize(
+    "correct, total, level", [(1, 0, 0.95), (-1, 5, 0.95), (6, 5, 0.95), (1, 5, 95.0)]
+)
+def test_accuracy_interval_rejects_impossible_counts(
+    correct: int, total: int, level: float
+) -> None:
+    with pytest.raises(InputError):
+        metrics.accuracy_interval(correct, total, level)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_confusion_and_class_scores_match_sklearn(seed: int) -> None:
+    table, labels = random_case(seed, rows=60)
+    table[:, 4] = 0.0  # a class that is never predicted
+    labels[labels == 3] = 2  # and one that never occurs
+    said = table.argmax(axis=1)
+    confusion = metrics.confusion_matrix(labels, said, 5)
+    assert confusion.dtype == np.int64
+    np.testing.assert_array_equal(confusion, sklearn_confusion(labels, said, labels=range(5)))
+    rows = metrics.class_scores(confusion, CLASSES)
+    expected = precision_recall_fscore_support(labels, said, labels=range(5), zero_division=0)
+    for row, (precision, recall, f1, support) in zip(rows, np.transpose(expected), strict=True):
+        assert (row.precision, row.recall, row.f1) == pytest.approx((precision, recall, f1))
+        assert row.support == support
+    assert [row.name for row in rows] == list(CLASSES)
+
+
+def test_confusion_rows_are_true_classes() -> None:
+    assert metrics.confusion_matrix([0, 0, 1], [1, 1, 1], 2).tolist() == [[0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [0.0, 1.0], [0]])
+def test_confusion_rejects_labels_outside_the_classes(labels: list[float]) -> None:
+    with pytest.raises(InputError):
+        metrics.confusion_matrix(labels, [0, 1], 2)
+
+
+def test_class_scores_rejects_a_matrix_of_another_size() -> None:
+    with pytest.raises(InputError, match="2 × 2"):
+        metrics.class_scores(np.eye(3, dtype=np.int64), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_matches_torchmetrics(seed: int, bins: int) -> None:
+    table, labels = random_case(seed)
+    reference = MulticlassCalibrationError(len(CLASSES), n_bins=bins, norm="l1")
+    expected = reference(torch.from_numpy(table), torch.from_numpy(labels)).item()
+    assert metrics.expected_calibration_error(table, labels, bins) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_reliability_bins_are_closed_above_and_empty_ones_left_out() -> None:
+    table = [[0.5, 0.5], [0.75, 0.25], [0.8, 0.2], [0.0, 1.0]]
+    bins = metrics.reliability(table, [0, 1, 0, 1], bins=4)
+    assert [(row.low, row.high, row.count) for row in bins] == [
+        (0.25, 0.5, 1),
+        (0.5, 0.75, 1),
+        (0.75, 1.0, 2),
+    ]
+    assert [row.accuracy for row in bins] == [1.0, 0.0, 1.0]
+    assert [row.confidence for row in bins] == pytest.approx([0.5, 0.75, 0.9])
+    assert metrics.expected_calibration_error(table, [0, 1, 0, 1], bins=4) == pytest.approx(
+        (0.5 + 0.75 + 2 * 0.1) / 4
+    )
+
+
+def test_confidence_rounded_above_one_falls_into_the_last_bin() -> None:
+    (only,) = metrics.reliability([[1.0000002, 0.0]], [0], bins=10)
+    assert (only.high, only.count) == (1.0, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_likelihood_and_top_k_match_sklearn(seed: int) -> None:
+    table, labels = random_case(seed)
+    likelihood = metrics.negative_log_likelihood(table, labels)
+    assert likelihood == pytest.approx(log_loss(labels, table, labels=range(5)))
+    for k in (1, 2, 4):
+        expected = top_k_accuracy_score(labels, table, k=k, labels=range(5))
+        assert metrics.top_k_accuracy(table, labels, k) == pytest.approx(expected)
+    assert metrics.top_k_accuracy(table, labels, 5) == 1.0
+
+
+def test_likelihood_of_the_impossible_is_finite() -> None:
+    assert math.isfinite(metrics.negative_log_likelihood([[1.0, 0.0]], [1]))
+
+
+def test_ties_count_for_the_first_class_as_in_argmax() -> None:
+    assert metrics.top_k_accuracy([[0.5, 0.5], [0.5, 0.5]], [0, 1], 1) == 0.5
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_top_k_rejects_more_or_less_than_the_classes(k: int) -> None:
+    with pytest.raises(InputError, match="k must"):
+        metrics.top_k_accuracy([[0.5, 0.5]], [0], k)
+
+
+def test_confident_mistakes_come_most_confident_first() -> None:
+    table = [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.05, 0.95], [0.6, 0.4]]
+    labels = [0, 0, 0, 0, 1]
+    assert metrics.confident_mistakes(table, labels, 2).tolist() == [3, 1]
+    assert metrics.confident_mistakes(table, labels, 9).tolist() == [3, 1, 2, 4]
+    assert metrics.confident_mistakes(table, [0, 1, 1, 1, 0], 9).tolist() == []
+    with pytest.raises(InputError, match="count"):
+        metrics.confident_mistakes(table, labels, 0)
+
+
+@pytest.mark.parametrize(
+    "table, labels, message",
+    [
+        ([[2.0, -1.0]], [0], "softmax"),
+        ([[3.0, 1.0]], [0], "softmax"),
+        ([[math.nan, 1.0]], [0], "softmax"),
+        (np.zeros((0, 2)), [], "not empty"),
+        ([0.5, 0.5], [0], "not empty"),
+        ([[0.5, 0.5]], [0, 1], "2 labels"),
+        ([[0.5, 0.5]], [2], "labels must lie"),
+    ],
+)
+def test_what_is_no_probability_or_label_is_rejected(
+    table: list[list[float]], labels: list[int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        metrics.negative_log_likelihood(table, np.array(labels, dtype=np.int64))
+
+
+def test_metrics_hold_what_the_functions_say() -> None:
+    table, labels = random_case(0)
+    averaged, _ = random_case(1)
+    found = Metrics.from_probabilities(table, labels, CLASSES, averaged)
+    correct = int((table.argmax(axis=1) == labels).sum())
+    assert found.accuracy == correct / 400
+    assert found.accuracy_interval == metrics.accuracy_interval(correct, 400)
+    assert found.accuracy_tta == np.mean(averaged.argmax(axis=1) == labels)
+    assert found.nll == metrics.negative_log_likelihood(table, labels)
+    assert found.ece == metrics.expected_calibration_error(table, labels)
+    assert np.trace(found.confusion) == correct
+    assert sum(row.support for row in found.per_class) == 400
+    assert sum(row.count for row in found.reliability) == 400
+
+
+def test_metrics_survive_json_unchanged() -> None:
+    table, labels = random_case(0)
+    for averaged in (None, table):
+        stored = Metrics.from_probabilities(table, labels, CLASSES, averaged).to_json()
+        assert json.loads(json.dumps(stored, allow_nan=False)) == stored
+        assert (stored["test_accuracy_tta"] is None) == (averaged is None)
+        assert (stored["test_accuracy_tta_interval"] is None) == (averaged is None)
+        low, high = stored["test_accuracy_interval"]
+        assert low < stored["test_accuracy"] < high
+        assert stored["per_class"][2]["name"] == "frog"
+
+
+def test_metrics_reject_arrays_that_do_not_fit() -> None:
+    table, labels = random_case(0)
+    with pytest.raises(InputError, match="class names"):
+        Metrics.from_probabilities(table, labels, ("cat", "dog"))
+    with pytest.raises(InputError):
+        Metrics.from_probabilities(table, labels, CLASSES, table[:7])
+    with pytest.raises(InputError, match="tta_probabilities"):
+        wider = np.pad(table, ((0, 0), (0, 1)))
+        Metrics.from_probabilities(table, labels, CLASSES, wider)

@@ -1,0 +1,408 @@
+"""Atomic writes, checksums and downloads that count only when whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labkit.files import atomic_file, download, has_digest, hub_file, locked, write_json
+from labkit.runtime import InputError, SourceError
+from tests.loopback import Fault, LoopbackHub, LoopbackServer
+
+BODY = np.random.default_rng(0).bytes(400_000)
+DIGEST = "sha256:" + hashlib.sha256(BODY).hexdigest()
+TIMEOUT = 0.25
+
+
+def fetch(url: str, path: Path, *, retries: int = 3, digest: str = DIGEST) -> Path:
+    return download(url, path, digest=digest, timeout=TIMEOUT, retries=retries, backoff=0.001)
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_atomic_file_appears_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "value.bin"
+    with atomic_file(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "value.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_is_named_and_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, [1])
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(SourceError, match="No space left on device"):
+        write_json(path, [2])
+    assert path.read_text() == "[\n  1\n]\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_of_a_source_passes_through_atomic_file_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"^the hub is away$"), atomic_file(tmp_path / "a"):
+        raise SourceError("the hub is away")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_atomic_file_follows_the_umask(tmp_path: Path) -> None:
+    plain, atomic = tmp_path / "plain", tmp_path / "atomic"
+    plain.write_bytes(b"")
+    with atomic_file(atomic):
+        pass
+    assert stat.S_IMODE(atomic.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_unwritable_folder_is_a_source_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SourceError, match="could not write"):
+        write_json(tmp_path / "file" / "value.json", 1)
+    with pytest.raises(SourceError, match="could not write"), locked(tmp_path / "file" / "x"):
+        pass
+
+
+@pytest.mark.parametrize("folder_sync", [errno.EINVAL, errno.ENOTSUP])
+def test_drive_without_folder_sync_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_sync: int
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(folder_sync, "no")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "value.json", 1)
+    assert (tmp_path / "value.json").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("digest", ["", "abc", "sha256:", "crc7:00"])
+def test_digest_without_algorithm_is_refused(tmp_path: Path, digest: str) -> None:
+    with pytest.raises(InputError, match="digest must look like"):
+        has_digest(tmp_path / "none", digest)
+
+
+def test_download_gives_the_bytes_and_leaves_no_part(
+    loopback: LoopbackServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep" / "data.bin"
+    assert fetch(loopback.add("/data.bin", BODY), path) == path
+    assert path.read_bytes() == BODY
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_md5_counts_too(loopback: LoopbackServer, tmp_path: Path) -> None:
+    digest = "md5:" + hashlib.md5(BODY).hexdigest()
+    assert fetch(loopback.add("/data", BODY), tmp_path / "d", digest=digest).read_bytes() == BODY
+
+
+def test_file_already_there_needs_no_request(loopback: LoopbackServer, tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(BODY)
+    fetch(loopback.add("/data.bin", BODY), path)
+    assert loopback.requests == []
+
+
+def test_damaged_file_stays_until_the_new_one_is_whole(
+    loopback: LoopbackServer, tmp_path: Path
+) -> None:
+    url, path = loopback.add("/data.bin", BODY), tmp_path / "data.bin"
+    path.write_bytes(b"damaged")
+    loopback.fail("/data.bin", Fault.WRONG_BYTES)
+    with pytest.raises(SourceError, match="wrong checksum"):
+        fetch(url, path)
+    assert path.read_bytes() == b"damaged"
+    fetch(url, path)
+    assert path.read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.STALL, Fault.STALL_HALFWAY, Fault.SHORT_BODY, Fault.UNAVAILABLE]
+)
+def test_passing_fault_is_overcome(loopback: LoopbackServer, tmp_path: Path, fault: Fault) -> None:
+    url = loopback.add("/data.bin", BODY)
+    loopback.fail("/data.bin", fault)
+    assert fetch(url, tmp_path / "data.bin").read_bytes() == BODY
+    assert len(loopback.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (Fault.STALL, "no answer within 0.25 s"),
+        (Fault.SHORT_BODY, "broke off"),
+        (Fault.UNAVAILABLE, "503"),
+    ],
+)
+def test_lasting_fault_is_named_and_leaves_no_file(
+    loopback: LoopbackServer, tmp_path: Path, fault: Fault, cause: str
+) -> None:
+    url, path = loopback.add("/data.bin", BODY, ranges=False), tmp_path / "data.bin"
+    loopback.fail("/data.bin", *[fault] * 9)
+    with pytest.raises(SourceError, match=cause):
+        fetch(url, path, retries=1)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("fault", [Fault.SHORT_BODY, Fault.STALL_HALFWAY])
+def test_download_resumes_where_it_broke_off(
+    loopback: LoopbackServer, tmp_path: Path, fault: Fault
+) -> None:
+    url = loopback.add("/data.bin", BODY)
+    loopback.fail("/data.bin", fault)
+    assert fetch(url, tmp_path / "data.bin").read_bytes() == BODY
+    first, second = loopback.requests
+    assert first.range is None
+    assert second.range is not None
+    held = int(second.range.removeprefix("bytes=").removesuffix("-"))
+    assert 0 < held <= len(BODY) // 2
+
+
+def test_next_call_resumes_what_an_earlier_one_left(
+    loopback: LoopbackServer, tmp_path: Path
+) -> None:
+    url, path = loopback.add("/data.bin", BODY), tmp_path / "data.bin"
+    (tmp_path / "data.bin.part").write_bytes(BODY[:1234])
+    assert fetch(url, path).read_bytes() == BODY
+    assert [request.range for request in loopback.requests] == ["bytes=1234-"]
+
+
+def test_whole_part_needs_no_request(loopback: LoopbackServer, tmp_path: Path) -> None:
+    (tmp_path / "data.bin.part").write_bytes(BODY)
+    fetch(loopback.add("/data.bin", BODY), tmp_path / "data.bin")
+    assert loopback.requests == []
+
+
+def test_server_without_ranges_starts_over(loopback: LoopbackServer, tmp_path: Path) -> None:
+    url = loopback.add("/data.bin", BODY, ranges=False)
+    (tmp_path / "data.bin.part").write_bytes(b"other" * 100)
+    assert fetch(url, tmp_path / "data.bin", retries=0).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("left", "fault"),
+    [
+        (BODY + b"too long", None),
+        (b"of an older version" * 1000, None),
+        (BODY[:1000], Fault.WRONG_RANGE),
+    ],
+    ids=["416", "stale", "wrong-range"],
+)
+def test_part_that_does_not_fit_is_replaced(
+    loopback: LoopbackServer, tmp_path: Path, left: bytes, fault: Fault | None
+) -> None:
+    url = loopback.add("/data.bin", BODY)
+    (tmp_path / "data.bin.part").write_bytes(left)
+    if fault:
+        loopback.fail("/data.bin", fault)
+    assert fetch(url, tmp_path / "data.bin", retries=0).read_bytes() == BODY
+    assert [request.range for request in loopback.requests] == [f"bytes={len(left)}-", None]
+
+
+def test_progress_renews_the_retries(loopback: LoopbackServer, tmp_path: Path) -> None:
+    url = loopback.add("/data.bin", BODY)
+    loopback.fail("/data.bin", Fault.SHORT_BODY, Fault.UNAVAILABLE, Fault.SHORT_BODY)
+    assert fetch(url, tmp_path / "data.bin", retries=1).read_bytes() == BODY
+
+
+def test_waits_double(loopback: LoopbackServer, tmp_path: Path, no_waiting: list[float]) -> None:
+    url = loopback.add("/data.bin", BODY)
+    loopback.fail("/data.bin", *[Fault.UNAVAILABLE] * 3)
+    download(url, tmp_path / "data.bin", digest=DIGEST, timeout=TIMEOUT, retries=3, backoff=1.0)
+    assert no_waiting == [1.0, 2.0, 4.0]
+
+
+def test_wrong_bytes_are_deleted(loopback: LoopbackServer, tmp_path: Path) -> None:
+    url = loopback.add("/data.bin", BODY)
+    loopback.fail("/data.bin", Fault.WRONG_BYTES)
+    with pytest.raises(SourceError, match="wrong checksum"):
+        fetch(url, tmp_path / "data.bin")
+    assert list(tmp_path.glob("data.bin*")) == []
+
+
+def test_html_page_with_status_200_is_no_data(loopback: LoopbackServer, tmp_path: Path) -> None:
+    url = loopback.add("/data.bin", BODY)
+    (tmp_path / "data.bin.part").write_bytes(BODY[:1000])
+    loopback.fail("/data.bin", Fault.HTML_PAGE)
+    with pytest.raises(SourceError, match="HTML page came instead of data"):
+        fetch(url, tmp_path / "data.bin")
+    assert len(loopback.requests) == 1
+    assert not (tmp_path / "data.bin").exists()
+    assert (tmp_path / "data.bin.part").read_bytes() == BODY[:1000]
+
+
+def test_missing_file_is_not_retried(loopback: LoopbackServer, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="404"):
+        fetch(loopback.url + "/absent", tmp_path / "data.bin")
+    assert len(loopback.requests) == 1
+
+
+def test_nobody_listening_is_named(tmp_path: Path) -> None:
+    with LoopbackServer() as server:
+        url = server.url
+    with pytest.raises(SourceError, match="no connection"):
+        fetch(url + "/data.bin", tmp_path / "data.bin", retries=1)
+
+
+def test_full_disk_stops_a_download(
+    loopback: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, path = loopback.add("/data.bin", BODY), tmp_path / "data.bin"
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(SourceError, match="No space left on device"):
+        fetch(url, path)
+    assert not path.exists()
+    assert len(loopback.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.com/data", "ftp://example.com/data", "http://10.0.0.1/d", "data.bin"]
+)
+def test_address_must_be_https(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InputError, match="https"):
+        fetch(url, tmp_path / "data.bin")
+
+
+def test_redirect_to_plain_http_is_refused(loopback: LoopbackServer, tmp_path: Path) -> None:
+    url = loopback.add("/data.bin", b"", redirect="http://example.com/data.bin")
+    with pytest.raises(SourceError, match=r"http://example\.com"):
+        fetch(url, tmp_path / "data.bin")
+
+
+def test_redirect_within_the_server_is_followed(loopback: LoopbackServer, tmp_path: Path) -> None:
+    target = loopback.add("/real.bin", BODY)
+    url = loopback.add("/data.bin", b"", redirect=target)
+    assert fetch(url, tmp_path / "data.bin").read_bytes() == BODY
+
+
+def test_callers_at_the_same_time_share_one_download(
+    loopback: LoopbackServer, tmp_path: Path
+) -> None:
+    url, path = loopback.add("/data.bin", BODY), tmp_path / "data.bin"
+    threads = [threading.Thread(target=fetch, args=(url, path)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() == BODY
+    assert len(loopback.requests) == 1
+
+
+def test_locked_blocks_run_one_after_another(tmp_path: Path) -> None:
+    order: list[str] = []
+    inside = threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with locked(tmp_path / "thing"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with locked(tmp_path / "thing"):
+        inside.set()
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_work_goes_on_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(self: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with locked(tmp_path / "thing"):
+        pass
+
+
+COMMIT = "5" * 40
+
+
+@pytest.mark.parametrize("repo_type", ["model", "dataset"])
+def test_hub_file_is_fetched_once(hub: LoopbackHub, repo_type: str) -> None:
+    hub.add("lab/thing", "sub/weights.bin", BODY, repo_type=repo_type, revision=COMMIT)
+    for _ in range(2):
+        path = hub_file(
+            "lab/thing", "sub/weights.bin", revision=COMMIT, digest=DIGEST, repo_type=repo_type
+        )
+        assert path.read_bytes() == BODY
+    assert len([r for r in hub.server.seen("GET") if "resolve" in r.path]) == 1
+
+
+def test_hub_file_with_wrong_bytes_is_removed_and_fetched_anew(hub: LoopbackHub) -> None:
+    path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
+    hub.server.fail(path, Fault.WRONG_BYTES)
+    with pytest.raises(SourceError, match="wrong checksum"):
+        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    assert got.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("fault", [Fault.STALL_HALFWAY, Fault.SHORT_BODY])
+def test_hub_recovers_from_a_passing_fault(
+    hub: LoopbackHub, no_waiting: list[float], fault: Fault
+) -> None:
+    path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
+    hub.server.fail(path, fault)
+    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    assert got.read_bytes() == BODY
+
+
+def test_silent_hub_is_named(hub: LoopbackHub) -> None:
+    path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
+    hub.server.fail(path, Fault.STALL)
+    with pytest.raises(SourceError, match=r"weights\.bin of lab/thing: timed out"):
+        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+
+
+def test_hub_that_is_down_is_named(hub: LoopbackHub, no_waiting: list[float]) -> None:
+    path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
+    hub.server.fail(path, *[Fault.UNAVAILABLE] * 20, method="HEAD")
+    with pytest.raises(SourceError, match="503"):
+        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    assert no_waiting
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_html_page_from_the_hub_is_no_data(hub: LoopbackHub, method: str) -> None:
+    path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
+    hub.server.fail(path, Fault.HTML_PAGE, method=method)
+    with pytest.raises(SourceError, match=r"weights\.bin of lab/thing"):
+        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    assert got.read_bytes() == BODY
+
+
+def test_stand_in_hub_lists_a_repository(hub: LoopbackHub) -> None:
+    from huggingface_hub import HfApi
+
+    hub.add("lab/thing", "config.json", b"{}")
+    hub.add("lab/thing", "model.safetensors", BODY)
+    api = HfApi(endpoint=hub.server.url)
+    assert sorted(api.list_repo_files("lab/thing")) == ["config.json", "model.safetensors"]
+    assert len(api.model_info("lab/thing").sha or "") == 40

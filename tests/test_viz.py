@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from labkit import viz
+from labkit.runtime import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* deprecated - use:DeprecationWarning")
+
+CLASSES = ("cat", "dog", "frog")
+NOTE = "demo data: scenes, not CIFAR-10"
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str = "cat"
+    precision: float = 0.5
+    recall: float = 0.5
+    low: float = 0.5
+    high: float = 0.6
+    confidence: float = 0.55
+    accuracy: float = 0.75
+    count: int = 3
+
+
+def images(count: int, side: int = 8) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def history(epochs: int) -> list[dict[str, float]]:
+    return [
+        {"epoch": e, "train_loss": 2.0 / e, "train_accuracy": 1 - 1 / e, "learning_rate": 0.1 / e}
+        for e in range(1, epochs + 1)
+    ]
+
+
+FIGURES: dict[str, Callable[[str], Figure]] = {
+    "image_grid": lambda note: viz.image_grid(images(5), list("abcde"), columns=3, note=note),
+    "learning_curves": lambda note: viz.learning_curves(history(3), note=note),
+    "confusion": lambda note: viz.confusion_figure(np.eye(3, dtype=int), CLASSES, note=note),
+    "reliability": lambda note: viz.reliability_figure([Row()], 0.2, note=note),
+    "per_class": lambda note: viz.per_class_figure([Row(), Row("dog")], note=note),
+    "mistakes": lambda note: viz.mistakes_figure(
+        images(2), [0, 1], [1, 2], [0.97, 0.6], CLASSES, note=note
+    ),
+    "attention": lambda note: viz.attention_figure(
+        images(2), np.eye(4)[None].repeat(2, 0), (), note
+    ),
+    "augmentation": lambda note: viz.augmentation_figure(
+        images(2), images(6).reshape(2, 3, 8, 8, 3), note=note
+    ),
+}
+
+
+def words(figure: Figure) -> str:
+    """Every text of `figure`, with line breaks as spaces."""
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    return " | ".join(t.get_text() for t in texts if isinstance(t, Text)).replace("\n", " ")
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def shown(figure: Figure) -> list[NDArray[Any]]:
+    return [np.asarray(picture.get_array()) for picture in figure.axes[0].get_images()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_note_is_on_the_figure_and_inside_it(name: str) -> None:
+    bare, noted = FIGURES[name](""), FIGURES[name](NOTE)
+    assert NOTE not in words(bare)
+    assert NOTE in words(noted)
+    pixels(noted)
+    tag = noted.texts[-1].get_window_extent()
+    assert tag.x0 >= 0 and tag.x1 <= noted.bbox.x1 and tag.y1 <= noted.bbox.y1
+    assert all(axes.get_tightbbox().y1 <= tag.y0 for axes in noted.axes)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_need_no_pyplot_and_neither_heed_nor_change_settings(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    def settings() -> dict[str, Any]:
+        return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    plain = pixels(FIGURES[name](""))
+    dark = {"axes.facecolor": "black", "text.color": "white", "axes.labelcolor": "white"}
+    with matplotlib.rc_context({**dark, "xtick.color": "white", "ytick.color": "white"}):
+        before = settings()
+        np.testing.assert_array_equal(pixels(FIGURES[name]("")), plain)
+        assert settings() == before
+
+
+def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
+    given = images(5)
+    figure = viz.image_grid(given, list("abcde"), columns=3)
+    np.testing.assert_array_equal(np.stack(shown(figure)), given)
+    drawn = figure.axes[0].get_images()
+    assert {picture.get_interpolation() for picture in drawn} == {"nearest"}
+    left = [picture.get_extent()[0] for picture in drawn]
+    assert left[0] == left[3] < left[1] == left[4] < left[2]
+    centres = {t.get_text(): t.get_position()[0] for t in figure.axes[0].texts}
+    assert centres["b"] == pytest.approx(sum(drawn[1].get_extent()[:2]) / 2)
+
+
+def test_nothing_to_show_is_a_figure_and_no_error() -> None:
+    assert "nothing to show" in words(viz.image_grid(images(0)))
+    assert "nothing to show" in words(viz.mistakes_figure(images(0), [], [], [], CLASSES))
+    pixels(viz.attention_figure(images(0), np.zeros((0, 4, 4))))
+    pixels(viz.augmentation_figure(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
+    pixels(viz.reliability_figure([], 0.0))
+    pixels(viz.per_class_figure([]))
+
+
+def test_mistakes_say_true_class_predicted_class_and_confidence() -> None:
+    said = words(FIGURES["mistakes"]("")).replace("\u00a0", " ")
+    assert "cat → dog (97 %)" in said
+    assert "dog → frog (60 %)" in said
+
+
+def test_curves_are_in_per_cent_and_skip_epochs_without_validation() -> None:
+    rows = history(3)
+    rows[1]["validation_accuracy"] = 0.25
+    loss, accuracy, rate = viz.learning_curves(rows).axes
+    assert [line.get_label() for line in loss.lines] == ["train"]
+    train, validation = accuracy.lines
+    np.testing.assert_allclose(train.get_ydata(), [0, 50, 100 * 2 / 3])
+    np.testing.assert_allclose(validation.get_xydata(), [[2, 25]])
+    np.testing.assert_allclose(rate.lines[0].get_ydata(), [0.1, 0.05, 0.1 / 3])
+
+
+def test_curves_have_markers_only_for_few_epochs() -> None:
+    assert viz.learning_curves(history(1)).axes[0].lines[0].get_marker() == "o"
+    assert viz.learning_curves(history(60)).axes[0].lines[0].get_marker() in ("", "None")
+
+
+def test_confusion_is_coloured_by_row_share_and_counted_up_to_twenty_classes() -> None:
+    figure = viz.confusion_figure([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
+    np.testing.assert_allclose(shown(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
+    assert [t.get_text() for t in figure.axes[0].texts] == list("310000055")
+    many = viz.confusion_figure(np.eye(21, dtype=int), [str(n) for n in range(21)])
+    assert not many.axes[0].texts
+
+
+def test_reliability_gap_spans_accuracy_and_confidence() -> None:
+    bins = [Row(accuracy=0.75, confidence=0.55), Row(low=0.9, high=1, accuracy=0.6, confidence=0.9)]
+    top, bottom = viz.reliability_figure(bins, 0.123).axes
+    bars = [(bar.get_y(), bar.get_height()) for bar in top.patches]
+    assert np.ravel(bars).tolist() == pytest.approx([0, 0.75, 0, 0.6, 0.55, 0.2, 0.6, 0.3])
+    assert [bar.get_height() for bar in bottom.patches] == [50, 50]
+    assert "12.3 %" in top.get_title(loc="left")
+
+
+def test_classes_are_sorted_with_the_best_recall_on_top() -> None:
+    rows = [Row("cat", recall=0.5), Row("dog", recall=0.9), Row("frog", recall=0.7)]
+    axes = viz.per_class_figure(rows).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "frog", "dog"]
+    recall = axes.patches[:3]
+    assert [bar.get_width() for bar in recall] == pytest.approx([50, 70, 90])
+
+
+def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
+    heat = np.zeros((1, 4, 4))
+    heat[0, 1, 2] = 1.0
+    grey = np.full((1, 8, 8, 3), 128, dtype=np.uint8)
+    (tile,) = shown(viz.attention_figure(grey, heat))
+    side = tile.shape[1]
+    assert (tile[:side] == 128).all()
+    overlay = tile[-side:].astype(int).sum(axis=2)
+    row, column = np.unravel_index(overlay.argmax(), overlay.shape)
+    assert (row * 4 // side, column * 4 // side) == (1, 2)
+    assert np.abs(np.diff(overlay, axis=0)).max() < 0.1 * np.ptp(overlay)
+
+
+def test_augmented_variants_stand_right_of_their_original() -> None:
+    original, variants = images(2), images(6, side=8).reshape(2, 3, 8, 8, 3)
+    figure = viz.augmentation_figure(original, variants)
+    rows = np.stack(shown(figure)).reshape(2, 4, 8, 8, 3)
+    np.testing.assert_array_equal(rows[:, 0], original)
+    np.testing.assert_array_equal(rows[:, 1:], variants)
+    extents = [picture.get_extent() for picture in figure.axes[0].get_images()]
+    assert len({extent[2] for extent in extents[:4]}) == 1
+    assert extents[1][0] - extents[0][1] > extents[2][0] - extents[1][1]
+
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (lambda: viz.image_grid(images(2).astype(np.float32)), "uint8"),
+        (lambda: viz.image_grid(images(2)[0]), "uint8"),
+        (lambda: viz.image_grid(images(2), ["one"]), "1 titles for 2"),
+        (lambda: viz.image_grid(images(2), columns=0), "columns"),
+        (lambda: viz.learning_curves([]), "history"),
+        (lambda: viz.confusion_figure(np.eye(2), CLASSES), "3 × 3"),
+        (lambda: viz.attention_figure(images(2), np.zeros((1, 4, 4))), "maps"),
+        (lambda: viz.augmentation_figure(images(2), images(2)), "variants"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(draw: Callable[[], Figure], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        draw()
