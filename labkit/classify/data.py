@@ -58,6 +58,11 @@ class ImageData:
     name: str
     fingerprint: str
 
+    @property
+    def note(self) -> str:
+        """What every figure must say on its face; empty for real pictures."""
+        return "demo: procedural scenes, not CIFAR-10" if self.source == "scenes" else ""
+
 
 def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int = 32) -> ImageData:
     """The pictures of `source`, fetched and decoded on the first call, memory-mapped after it.

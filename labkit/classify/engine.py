@@ -140,7 +140,7 @@ def fit(
         world.wait()
         saved = keeper.checkpoint(resume=resume)
         train, validation = _splits(config, data)
-        trainer, state = _prepare(config, data, train, place, precision, world)
+        trainer, state = prepare(config, data, train, place, precision, world)
         if saved is not None:
             state.restore(saved)
         # Only the leading process writes.
@@ -262,7 +262,7 @@ def _splits(config: TrainConfig, data: ImageData) -> tuple[Split, Split | None]:
     return hold_out(data.train, config.hold_out)
 
 
-def _prepare(
+def prepare(
     config: TrainConfig,
     data: ImageData,
     train: Split,

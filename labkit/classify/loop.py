@@ -111,7 +111,8 @@ class Trainer:
                 logits.float(), targets, reduction="sum", label_smoothing=config.label_smoothing
             )
         # Processes average their gradients: together this is the mean over the global batch.
-        state.scaler.scale(loss_sum * (self.world.size / len(indices))).backward()
+        loss = loss_sum * (self.world.size / len(indices))
+        torch.autograd.backward(state.scaler.scale(loss))
         if config.clip_norm:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)

@@ -84,7 +84,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         group["peak_lr"] = group["lr"] = config.learning_rate * scale
         group["weight_decay"] = config.weight_decay if decayed else 0.0
         if config.optimizer == "muon":
-            group["use_fallback"] = not orthogonal
+            # timm's fallback is AdamW only without Nesterov momentum.
+            group["use_fallback"], group["nesterov"] = not orthogonal, orthogonal
     return list(groups.values())
 
 
@@ -97,7 +98,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
     from timm.optim.muon import Muon
 
-    optimizer: Optimizer = Muon(groups, lr=config.learning_rate, momentum=0.95, nesterov=True)
+    optimizer: Optimizer = Muon(groups, lr=config.learning_rate, momentum=0.95)
     return optimizer
 
 

@@ -296,3 +296,28 @@ def get_preset(name: str, **changes: Any) -> TrainConfig:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"preset {name!r} is unknown; {hint}there are: {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def notebook_config(
+    preset: str, *, profile: str, epochs: int = 0, seed: int = 0, hold_out: int = 0
+) -> TrainConfig:
+    """The recipe that the notebook's parameters describe.
+
+    Args:
+        preset: name of a recipe; the `demo` profile has one of its own, called `demo`.
+        profile: `full` trains on CIFAR-10, `demo` on the embedded scenes.
+        epochs: instead of the recipe's own; 0 keeps those.
+        seed: random seed.
+        hold_out: training pictures for validation; 0 keeps what the recipe holds out.
+
+    Raises:
+        InputError: the preset or the profile is unknown, or a number is out of range.
+    """
+    if profile not in ("full", "demo"):
+        raise InputError(f"profile must be 'full' or 'demo', got {profile!r}")
+    changes: dict[str, Any] = {"seed": seed}
+    if epochs:
+        changes["epochs"] = epochs
+    if hold_out:
+        changes["hold_out"] = hold_out
+    return get_preset("demo" if profile == "demo" else preset, **changes)

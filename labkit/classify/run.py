@@ -67,7 +67,7 @@ class Run:
     @property
     def note(self) -> str:
         """What every figure must say on its face; empty for real data."""
-        return "demo: procedural scenes, not CIFAR-10" if self.data.source == "scenes" else ""
+        return self.data.note
 
     def to_json(self) -> dict[str, Any]:
         """The content of `metrics.json`."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from labkit.classify.models import build_model, has_attention
 from labkit.runtime import InputError, SourceError, scoped_seed
+from tests.loopback import LoopbackHub
 
 
 @pytest.fixture
@@ -168,3 +169,19 @@ def test_building_leaves_no_trace_in_a_scope_of_its_own() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_pretrained_weights_come_from_the_hub_into_the_backbone(hub: LoopbackHub) -> None:
+    from safetensors.torch import save
+
+    name = "vit_small_patch16_224.augreg_in21k_ft_in1k"
+    torch.manual_seed(0)
+    published = timm.create_model(name, pretrained=False)
+    hub.add(f"timm/{name}", "model.safetensors", save(published.state_dict()))
+    model = build_model("vit-finetune", classes=10)
+    loaded = model.state_dict()
+    for key, value in published.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(loaded[f"backbone.{key}"], value), key
+    assert loaded["backbone.head.weight"].shape == (10, 384)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms.v2 import functional as TF
+
+from labkit.classify import augment
+from labkit.classify.augment import TrainingImages, cutmix, erase_boxes, flip_mask, mirror, mixup
+from labkit.classify.data import Split
+from labkit.classify.presets import AugmentConfig, TrainConfig
+from labkit.runtime import InputError
+
+CPU = torch.device("cpu")
+EVERYTHING = AugmentConfig(
+    pad=2,
+    pad_mode="reflect",
+    flip="random",
+    policy="rand",
+    erase=0.5,
+    cutout=4,
+    mixup=0.4,
+    cutmix=0.7,
+)
+
+
+def noise(count: int = 40) -> Split:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+    return Split(images, rng.integers(0, 4, count))
+
+
+def images_of(settings: AugmentConfig, **changes: object) -> TrainingImages:
+    config = TrainConfig(augment=settings, image_size=12, seed=3, **changes)  # type: ignore[arg-type]
+    return TrainingImages(noise(), 4, config, CPU)
+
+
+def test_without_augmentation_a_batch_is_torchvisions_normalised_tensor() -> None:
+    split = noise()
+    config = TrainConfig(image_size=12)
+    images, labels = TrainingImages(split, 4, config, CPU).batch(0, torch.tensor([5, 0, 7]))
+    for row, index in enumerate([5, 0, 7]):
+        plain = TF.to_dtype(torch.from_numpy(split.images[index]).permute(2, 0, 1), scale=True)
+        expected = TF.normalize(plain, list(config.mean), list(config.std))
+        torch.testing.assert_close(images[row], expected, rtol=1e-5, atol=1e-5)
+    assert labels.tolist() == split.labels[[5, 0, 7]].tolist()
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("pad_mode", ["zero", "reflect"])
+def test_every_crop_is_a_window_of_the_padded_picture(pad_mode: str) -> None:
+    settings = AugmentConfig(pad=2, pad_mode=pad_mode)  # type: ignore[arg-type]
+    shown = images_of(settings).pixels(0, torch.arange(40))
+    mode = "constant" if pad_mode == "zero" else "reflect"
+    padded = TF.pad(torch.from_numpy(noise().images).permute(0, 3, 1, 2), [2], padding_mode=mode)
+    places = set()
+    for picture, original in zip(shown, padded, strict=True):
+        windows = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if torch.equal(picture, original[:, y : y + 12, x : x + 12])
+        ]
+        assert len(windows) == 1
+        places.update(windows)
+    assert len(places) > 10
+
+
+def test_reflection_wider_than_the_picture_is_an_error() -> None:
+    with pytest.raises(InputError, match="smaller than the picture"):
+        images_of(AugmentConfig(pad=12, pad_mode="reflect"))
+
+
+def test_a_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
+    images = images_of(EVERYTHING)
+    whole, targets = images.batch(4, torch.arange(40))
+    some = torch.tensor([31, 2, 2, 17])
+    part, part_targets = images.batch(4, some)
+    assert torch.equal(part, whole[some]) and torch.equal(part_targets, targets[some])
+    assert not torch.equal(images.batch(5, some)[0], part)
+    other = TrainingImages(noise(), 4, TrainConfig(augment=EVERYTHING, image_size=12), CPU)
+    assert not torch.equal(other.batch(4, some)[0], part)
+
+
+def test_alternating_flip_shows_each_picture_both_ways_in_two_epochs() -> None:
+    indices = torch.arange(1000)
+    even, odd = (flip_mask("alternating", 1, epoch, indices) for epoch in (6, 7))
+    assert torch.equal(even, ~odd)
+    assert 400 < even.sum() < 600
+
+
+def test_random_flip_mirrors_about_half_and_anew_each_epoch() -> None:
+    indices = torch.arange(10_000)
+    first, second = (flip_mask("random", 1, epoch, indices) for epoch in (0, 1))
+    for mask in (first, first ^ second):
+        assert abs(mask.double().mean() - 0.5) < 0.02
+
+
+def test_mirroring_equals_torchvisions_flip() -> None:
+    images = torch.rand(4, 3, 5, 6)
+    mask = torch.tensor([True, False, True, False])
+    expected = torch.stack(
+        [TF.horizontal_flip(x) if m else x for x, m in zip(images, mask, strict=True)]
+    )
+    assert torch.equal(mirror(images, mask), expected)
+
+
+def test_erased_boxes_are_zero_and_the_rest_is_untouched() -> None:
+    images = torch.ones(2, 1, 4, 5)
+    top, left = torch.tensor([1, -1]), torch.tensor([2, 3])
+    height, width = torch.tensor([2, 3]), torch.tensor([2, 9])
+    erased = erase_boxes(images, top, left, height, width)
+    expected = np.ones((2, 1, 4, 5))
+    expected[0, 0, 1:3, 2:4] = 0
+    expected[1, 0, 0:2, 3:] = 0
+    np.testing.assert_array_equal(erased.numpy(), expected)
+
+
+def test_random_erasing_keeps_to_its_probability_and_area() -> None:
+    indices = torch.arange(4000)
+    erased = augment.random_erasing(torch.ones(4000, 1, 32, 32), 0.25, 0, 0, indices)
+    share = 1 - erased.mean(dim=(1, 2, 3))
+    hit = share > 0
+    assert abs(hit.double().mean() - 0.25) < 0.03
+    assert share[hit].min() > 0.01 and share[hit].max() < 0.36
+
+
+def test_cutout_blanks_a_square_around_a_pixel_of_the_picture() -> None:
+    blanked = augment.cutout(torch.ones(500, 1, 16, 16), 6, 0, 0, torch.arange(500)) == 0
+    counts = blanked.sum(dim=(1, 2, 3))
+    assert counts.max() == 36 and counts.min() >= 9
+
+
+def test_mixup_of_extreme_weights_is_one_of_the_pictures() -> None:
+    own, other = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    mixed = mixup(own, other, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(mixed[0], own[0])
+    torch.testing.assert_close(mixed[1], other[1])
+
+
+def test_cutmix_reports_the_area_it_really_kept() -> None:
+    own, other = torch.zeros(300, 1, 20, 20), torch.ones(300, 1, 20, 20)
+    draws = torch.rand(3, 300, generator=torch.Generator().manual_seed(0))
+    mixed, share = cutmix(own, other, *draws)
+    torch.testing.assert_close(1 - mixed.mean(dim=(1, 2, 3)), share)
+
+
+def test_mixed_targets_are_distributions_over_both_classes() -> None:
+    images = images_of(dataclasses.replace(EVERYTHING, policy="none"))
+    _, targets = images.batch(0, torch.arange(40))
+    assert targets.shape == (40, 4)
+    torch.testing.assert_close(targets.sum(1), torch.ones(40))
+    own = targets[torch.arange(40), torch.from_numpy(noise().labels)]
+    assert (own > 0).float().mean() > 0.9 and ((targets > 0).sum(1) <= 2).all()
+
+
+def test_mixing_stops_when_it_was_told_to() -> None:
+    settings = AugmentConfig(cutmix=1.0, mix_until=0.5)
+    images = images_of(settings, epochs=10)
+    assert images.batch(4, torch.arange(4))[1].is_floating_point()
+    assert not images.batch(5, torch.arange(4))[1].is_floating_point()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_mixing_weights_follow_the_beta_distribution(alpha: float) -> None:
+    drawn = augment.beta(alpha, 0, 0, torch.arange(5000), "weights").double().numpy()
+    assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 0.01

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from labkit.classify.models import build_model
+from labkit.classify.optim import build_optimizer, hidden_matrices, lr_at, lr_factor, set_lr
+from labkit.classify.presets import TrainConfig
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.hidden = nn.Linear(8, 8)
+        self.position = nn.Parameter(torch.zeros(1, 4, 8))
+        self.head = nn.Linear(8, 2)
+
+
+def rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()  # type: ignore[attr-defined]
+    return found
+
+
+def test_cosine_per_epoch_is_torchs_cosine_annealing() -> None:
+    config = TrainConfig(epochs=7, schedule_per="epoch")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = rates(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7)
+    for epoch, expected in enumerate(theirs):
+        for step in (0, 3, 9):
+            assert lr_at(epoch * 10 + step, 10, config) == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_cycle_is_torchs_one_cycle() -> None:
+    total = 101
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total, pct_start=0.3, cycle_momentum=False
+    )
+    peak = 0.3 * total - 1  # OneCycleLR peaks at this step of total - 1
+    for step, expected in enumerate(rates(optimizer, scheduler, total - 1)):
+        ours = lr_factor(step / (total - 1), peak / (total - 1), "one-cycle")
+        assert ours == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle"])
+def test_a_schedule_rises_to_its_peak_and_falls_towards_zero(schedule: str) -> None:
+    factors = [lr_factor(step / 100, 0.2, schedule) for step in range(101)]
+    assert max(factors) == factors[20] == pytest.approx(1.0)
+    assert factors[:21] == sorted(factors[:21])
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert 0 <= factors[100] < 1e-4
+
+
+def test_no_warm_up_begins_at_the_peak() -> None:
+    assert lr_at(0, 10, TrainConfig(epochs=3)) == 1.0
+
+
+def test_decay_stays_off_norms_biases_and_positions() -> None:
+    model = Toy()
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    assert decayed == {id(m.weight) for m in (model.embed, model.hidden, model.head)}
+
+
+def test_decay_all_is_one_group_as_plain_adamw_has_it() -> None:
+    model = Toy()
+    optimizer = build_optimizer(model, TrainConfig(decay_all=True, weight_decay=0.1))
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.1
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_batch_norm_biases_get_their_own_rate() -> None:
+    model = Toy()
+    optimizer = build_optimizer(
+        model, TrainConfig(optimizer="sgd", learning_rate=0.5, norm_bias_lr_scale=64)
+    )
+    set_lr(optimizer, 0.5)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(model.norm.bias)] == 0.5 * 64 * 0.5
+    assert rate[id(model.head.bias)] == 0.5 * 0.5
+
+
+def test_muon_orthogonalises_hidden_matrices_alone() -> None:
+    model = Toy()
+    assert hidden_matrices(model) == {id(model.hidden.weight)}
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", learning_rate=0.02))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    change = model.hidden.weight.detach() - before["hidden.weight"] * (1 - 0.02 * 0.01)
+    singular = torch.linalg.svdvals(change)
+    assert singular.max() / singular.min() < 2.5
+    adam_step = (model.position.detach() - before["position"]).abs()
+    torch.testing.assert_close(adam_step, torch.full_like(adam_step, 0.02))
+
+
+def test_muon_spares_the_embedding_head_and_tables_of_the_vit() -> None:
+    model = build_model("vit", width=16, depth=2, heads=2, relative_bias=True)
+    matrices = hidden_matrices(model)
+    names = {name for name, p in model.named_parameters() if id(p) in matrices}
+    assert len(names) == 8 and all(name.startswith("blocks.") for name in names)
+    assert all(
+        name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")) for name in names
+    )

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from labkit.classify.presets import (
+    PRESETS,
+    AugmentConfig,
+    TrainConfig,
+    get_preset,
+    notebook_config,
+)
+from labkit.runtime import InputError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name: str) -> None:
+    config = PRESETS[name]
+    assert config.preset == name
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_seed_preset_is_the_labs_table() -> None:
+    config = PRESETS["seed-resnet18"]
+    assert (config.model, config.epochs, config.batch_size) == ("resnet18", 40, 256)
+    assert (config.optimizer, config.learning_rate, config.weight_decay) == ("adamw", 1e-3, 1e-2)
+    assert (config.schedule, config.warmup_epochs, config.decay_all) == ("cosine", 0, True)
+    assert config.augment == AugmentConfig(pad=4, pad_mode="zero", flip="random")
+    assert config.mean == config.std == (0.5, 0.5, 0.5)
+
+
+def test_an_unknown_preset_gets_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="did you mean 'seed-resnet18'"):
+        get_preset("seed-resnet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1"),
+        ({"optimizer": "lion"}, "optimizer must be one of adamw, sgd, muon"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"warmup_epochs": 41}, "warmup_epochs"),
+        ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        get_preset("seed-resnet18", **changes)
+
+
+def test_augmentation_settings_are_checked_too() -> None:
+    with pytest.raises(InputError, match="erase must be between 0 and 1"):
+        AugmentConfig(erase=2)
+    with pytest.raises(InputError, match="flip must be one of"):
+        AugmentConfig(flip="diagonal")  # type: ignore[arg-type]
+
+
+def test_unknown_keys_of_a_saved_configuration_are_named() -> None:
+    with pytest.raises(InputError, match="colour"):
+        TrainConfig.from_json({"colour": 1})
+
+
+def test_the_demo_profile_never_asks_for_real_data() -> None:
+    config = notebook_config("vit", profile="demo", epochs=2, seed=4)
+    assert (config.data, config.epochs, config.seed) == ("scenes", 2, 4)
+
+
+def test_the_full_profile_is_the_preset_itself() -> None:
+    assert notebook_config("vit", profile="full") == PRESETS["vit"]
+    with pytest.raises(InputError, match="profile"):
+        notebook_config("vit", profile="half")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from labkit.cli import main
+
+
+def labkit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "labkit", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two classes of 32 x 32 pictures, bright and dark."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for name, level in (("dark", 40), ("bright", 200)):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.slow
+def test_train_eval_and_refusal_to_overwrite(pictures: Path, tmp_path: Path) -> None:
+    train = ["train", "--preset", "seed-resnet18", "--data", "pictures", "--epochs", "2"]
+    train += ["--out", "out", "--device", "cpu"]
+    done = labkit(*train, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "history.jsonl", "metrics.json", "checkpoints", "report.html"} <= names
+    measured = labkit("eval", "out", folder=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    assert measured.stdout == done.stdout
+    again = labkit(*train, folder=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith("labkit: out already holds a run")
+
+
+def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
+    children = os.times()
+    done = labkit("doctor", folder=tmp_path)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    for word in ("python", "torch", "device", "precision", "disk", "cache"):
+        assert word in done.stdout
+    assert after.children_user - children.children_user < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "sed-resnet18"], "did you mean 'seed-resnet18'"),
+        (["--data", "no-such-folder"], "no-such-folder"),
+        (["--data", "scenes", "--epochs", "0"], "epochs must be at least 1"),
+        (["--data", "scenes", "--device", "warp"], "device 'warp' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["labkit", "train", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("labkit: ") and message in line
