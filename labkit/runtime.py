@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,6 +221,11 @@ def gpu_advice(device: torch.device) -> str:
         "No GPU found. In Colab: Runtime > Change runtime type > T4 GPU, then Run all again. "
         f"Without one, training runs on the {device.type.upper()} and takes far longer."
     )
+
+
+def shows_progress() -> bool:
+    """Whether somebody can see a progress bar: in a notebook or a terminal, not in a log file."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 
 def device_name(device: torch.device) -> str:

@@ -31,6 +31,7 @@ from labkit.runtime import (
     pick_device,
     resolve_precision,
     scoped_seed,
+    shows_progress,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class _Watch:
             unit="img",
             unit_scale=True,
             desc=trainer.config.preset,
-            disable=None if trainer.world.leads else True,
+            disable=not (trainer.world.leads and shows_progress()),
         )
 
     def __call__(self, seen: int) -> None:

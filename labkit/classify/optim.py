@@ -93,9 +93,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimiser of `config`, over `parameter_groups`; each group carries its `peak_lr`."""
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.learning_rate)
+        return AdamW(groups, lr=config.learning_rate, fused=True)
     if config.optimizer == "sgd":
-        return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+        return SGD(
+            groups,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            fused=True,
+        )
     from timm.optim.muon import Muon
 
     optimizer: Optimizer = Muon(groups, lr=config.learning_rate, momentum=0.95)

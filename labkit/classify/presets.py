@@ -271,7 +271,7 @@ PRESETS: Mapping[str, TrainConfig] = {
                 "relative_bias": True,
                 "mimetic": True,
             },
-            epochs=8,
+            epochs=6,
             batch_size=128,
             learning_rate=2e-3,
             weight_decay=5e-2,

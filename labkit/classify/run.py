@@ -35,7 +35,7 @@ from labkit.runtime import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MISTAKES = 20
+MISTAKES = 18
 ATTENDED = 10
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
