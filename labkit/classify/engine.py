@@ -144,6 +144,8 @@ def fit(
         trainer, state = prepare(config, data, train, place, precision, world)
         if saved is not None:
             state.restore(saved)
+            if not leads:  # the sums in the checkpoint are those of the leading process
+                state.sums.zero_()
         # Only the leading process writes.
         mine = keeper if leads else Keeper(None, None, config, data.fingerprint)
         mine.begin()
@@ -204,6 +206,7 @@ def _train(
                 _close_epoch(trainer, state, validation)
                 keeper.record(state.history)
         save()
+        interrupt.raise_if_requested()
 
 
 def _use_best(state: TrainState) -> None:
