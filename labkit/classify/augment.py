@@ -7,7 +7,6 @@ number of processes, nor resumption in mid-epoch can change what the model sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from labkit.classify.counter import integers, uniform
 from labkit.classify.data import Split
 from labkit.classify.policies import rand_augment, trivial_augment
-from labkit.classify.presets import AugmentConfig, TrainConfig
+from labkit.classify.presets import TrainConfig
 from labkit.runtime import InputError
 
 
@@ -132,8 +131,31 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return rows.sub_(offset).mul_(scale).view(pixels.shape).permute(0, 3, 1, 2)
 
 
+def pad(images: Tensor, width: int, mode: str) -> Tensor:
+    """Images (B, H, W, C) with `width` pixels more on every side, black or mirrored (`reflect`)."""
+    if width == 0:
+        return images
+    if mode == "zero":
+        return F.pad(images, (0, 0, width, width, width, width))
+    for axis in (1, 2):
+        size = images.shape[axis]
+        before = images.narrow(axis, 1, width).flip(axis)
+        after = images.narrow(axis, size - width - 1, width).flip(axis)
+        images = torch.cat([before, images, after], axis)
+    return images
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """A window (B, C, height, width) of each of `images` (B, H, W, C), at `top` and `left` (B,)."""
+    windows = images.unfold(1, height, 1).unfold(2, width, 1)  # (B, rows, columns, C, h, w)
+    return windows[torch.arange(len(images), device=images.device), top, left]
+
+
 class TrainingImages:
-    """A training split on the device, padded once, from which augmented batches are cut."""
+    """A training split on the device, from which augmented batches are cut.
+
+    On a CPU the pictures stay where they are, memory-mapped: only batches are padded.
+    """
 
     def __init__(
         self, split: Split, classes: int, config: TrainConfig, device: torch.device
@@ -141,7 +163,13 @@ class TrainingImages:
         self._config = config
         self._classes = classes
         self._labels = torch.from_numpy(split.labels).to(device)
-        self._windows = _padded_windows(split, config.augment, device)
+        self._images = torch.from_numpy(split.images).to(device)
+        side, width = min(split.images.shape[1:3]), config.augment.pad
+        if config.augment.pad_mode == "reflect" and width >= side:
+            raise InputError(
+                f"pad must be smaller than the picture ({side} pixels) where it mirrors, "
+                f"got {width}"
+            )
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -152,7 +180,9 @@ class TrainingImages:
         offsets = 2 * augment.pad + 1
         top = integers(seed, epoch, indices, "crop.top", offsets)
         left = integers(seed, epoch, indices, "crop.left", offsets)
-        images = self._windows[indices, top, left]
+        height, width = self._images.shape[1:3]
+        padded = pad(self._images.index_select(0, indices), augment.pad, augment.pad_mode)
+        images = crop(padded, top, left, height, width)
         if augment.flip != "none":
             images = mirror(images, flip_mask(augment.flip, seed, epoch, indices))
         if augment.policy == "trivial":
@@ -211,21 +241,3 @@ class TrainingImages:
         return torch.where(coin[:, None, None, None], blended, pasted), torch.where(
             coin, share, area
         )
-
-
-def _padded_windows(split: Split, augment: AugmentConfig, device: torch.device) -> Tensor:
-    """Every crop of every padded picture, as a view: (N, 2 pad + 1, 2 pad + 1, 3, H, W) uint8."""
-    height, width = split.images.shape[1:3]
-    if augment.pad_mode == "reflect" and augment.pad >= min(height, width):
-        raise InputError(
-            f"pad must be smaller than the picture ({height} x {width}) where it mirrors, "
-            f"got {augment.pad}"
-        )
-    around = ((0, 0), (augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
-    if augment.pad:
-        mode: Any = "constant" if augment.pad_mode == "zero" else "reflect"
-        padded = np.pad(split.images, around, mode=mode)
-    else:
-        padded = split.images
-    images = torch.from_numpy(padded).to(device)
-    return images.unfold(1, height, 1).unfold(2, width, 1)
