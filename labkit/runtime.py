@@ -7,11 +7,13 @@ import importlib.metadata
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -204,6 +206,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: of `device` if it is a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 2**20
     try:
         import resource
     except ImportError:  # Windows

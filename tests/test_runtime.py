@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,6 +71,18 @@ def test_an_interrupt_is_held_back_until_asked_for() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_peak_memory_is_that_of_this_process_and_grows_by_what_it_held() -> None:
+    code = (
+        "import torch; from labkit.runtime import peak_memory_gib as peak;"
+        "cpu = torch.device('cpu'); before = peak(cpu); torch.ones(2**27); print(before, peak(cpu))"
+    )
+    held = torch.ones(2**28)  # 1 GiB here must not count there
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert held.numel() == 2**28 and 0.05 < before < 1
+    assert after - before == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_world_is_what_torchrun_announces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISTAKES = 18
-ATTENDED = 10
+ATTENDED = 8
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
 
