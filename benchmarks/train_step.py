@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common import alternate, summary, write_result
-from loader import PictureDataset
+from loader import BATCH, PictureDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -67,7 +67,7 @@ def main() -> None:
     # The bare loop has our layout and our optimiser; the seed's has what the lab wrote.
     bare = make(torch.channels_last, fused=True)
     images = TrainingImages(train, len(data.classes), config, device)
-    ready = [images.batch(0, torch.arange(256 * i, 256 * (i + 1))) for i in range(8)]
+    ready = [images.batch(0, torch.arange(BATCH * i, BATCH * (i + 1))) for i in range(8)]
 
     def run_bare() -> int:
         for number in range(arguments.steps):
@@ -76,15 +76,14 @@ def main() -> None:
         return pictures
 
     seed = make(torch.contiguous_format)
-    loader = DataLoader(PictureDataset(data.train), 256, shuffle=True, num_workers=2)
+    loader = DataLoader(PictureDataset(data.train), BATCH, shuffle=True, num_workers=2)
 
     def run_seed() -> int:
-        right = total = 0.0
+        count = 0
         for x, y in islice(loader, arguments.steps):
-            x, y = x.to(device), y.to(device)
-            total += step(*seed, x, y).item()
-            right += len(y)
-        return int(right)
+            step(*seed, x.to(device), y.to(device)).item()
+            count += len(y)
+        return count
 
     rates = alternate({"labkit": run_ours, "bare": run_bare, "seed": run_seed}, arguments.rounds)
     share = [a / b for a, b in zip(rates["labkit"], rates["bare"], strict=True)]

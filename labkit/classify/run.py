@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from labkit import viz
+from labkit.classify.augment import normalise
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.inference import predict
 from labkit.classify.keeper import CONFIG, HISTORY
@@ -98,8 +99,6 @@ class Run:
 
     def attention(self, images: NDArray[np.uint8]) -> Figure:
         """Attention roll-out over `images` (N, H, W, 3) uint8, for a Vision Transformer."""
-        from labkit.classify.augment import normalise
-
         device = next(self.model.parameters()).device
         batch = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
         maps = attention_rollout(self.model, normalise(batch, self.config.mean, self.config.std))
