@@ -93,7 +93,7 @@ def _reason(error: Exception) -> str:
 def _refuses_to_resume(response: requests.Response, held: int) -> bool:
     """Whether a request for the bytes from `held` on was answered by an error or other bytes."""
     start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return response.status_code == 416 or (response.status_code == 206 and start != str(held))
+    return bool(response.status_code == 416 or (response.status_code == 206 and start != str(held)))
 
 
 def _check_answer(response: requests.Response, url: str) -> None:

@@ -31,14 +31,32 @@ CLASSIFY = [
     "loop",
     "engine",
 ]
+SEGMENT = [
+    "weights",
+    "presence",
+    "prompts",
+    "ground",
+    "refine",
+    "metrics",
+    "export",
+    "segmentation",
+    "figures",
+    "pipeline",
+    "bench",
+]
 ORDER = [
     "labkit.runtime",
+    "labkit.memory",
     "labkit.transfer",
     "labkit.files",
+    "labkit.images",
+    "labkit.drawing",
     "labkit.scenes",
+    "labkit.object_scenes",
     "labkit.viz",
     "labkit.report",
     *(f"labkit.classify.{name}" for name in CLASSIFY),
+    *(f"labkit.segment.{name}" for name in SEGMENT),
     "labkit",
     "labkit.cli",
     "labkit.__main__",
@@ -67,13 +85,13 @@ def imported(path: Path) -> set[str]:
 
 def test_every_module_has_its_place() -> None:
     modules = {module_name(path) for path in PACKAGE.rglob("*.py")}
-    assert modules - {"labkit.classify"} == set(ORDER)
+    assert modules - {"labkit.classify", "labkit.segment"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
 def test_imports_run_one_way(path: Path) -> None:
     name = module_name(path)
-    if name == "labkit.classify":
+    if name in ("labkit.classify", "labkit.segment"):
         assert not imported(path)
         return
     allowed = ORDER[: ORDER.index(name)]

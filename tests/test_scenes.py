@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 from torch import nn
 
-from labkit import scenes
+from labkit import drawing
 from labkit.runtime import InputError, scoped_seed
 from labkit.scenes import SCENE_CLASSES, classification_scenes
 
@@ -64,12 +65,12 @@ def test_global_random_state_is_left_as_found() -> None:
 
 def test_random_bits_are_those_of_splitmix64() -> None:
     # The published outputs for the seed 1234567, whose state grows by a constant every step.
-    states = (np.arange(1, 4, dtype=np.uint64) * scenes._GAMMA) + np.uint64(1234567)
+    states = (np.arange(1, 4, dtype=np.uint64) * drawing._GAMMA) + np.uint64(1234567)
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert scenes._mix(states).tolist() == published
+    assert drawing._mix(states).tolist() == published
 
 
-def plane(half_width: float, points: int) -> tuple[scenes.Floats, scenes.Floats]:
+def plane(half_width: float, points: int) -> tuple[drawing.Floats, drawing.Floats]:
     axis = np.linspace(-half_width, half_width, points, dtype=np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y
@@ -78,7 +79,7 @@ def plane(half_width: float, points: int) -> tuple[scenes.Floats, scenes.Floats]
 @pytest.mark.parametrize("name", SCENE_CLASSES)
 def test_distances_grow_by_at_most_one_per_unit(name: str) -> None:
     x, y = plane(1.5, 301)
-    distance = scenes._SHAPES[name](x, y)
+    distance = drawing.SHAPES[name](x, y)
     for axis in (0, 1):
         assert np.abs(np.diff(distance, axis=axis)).max() <= 0.01 * 1.01
     assert distance[0].min() > 0.1
@@ -88,7 +89,7 @@ def test_distances_grow_by_at_most_one_per_unit(name: str) -> None:
 @pytest.mark.parametrize("name", SCENE_CLASSES)
 def test_a_mirrored_shape_is_the_same_shape_turned(name: str) -> None:
     x, y = plane(1.5, 301)
-    shape = scenes._SHAPES[name]
+    shape = drawing.SHAPES[name]
     distance = shape(x, y)
     mirrored = (shape(-x, y), shape(x, -y))
     assert any(np.allclose(distance, other, atol=1e-5) for other in mirrored)
@@ -107,9 +108,9 @@ def test_a_mirrored_shape_is_the_same_shape_turned(name: str) -> None:
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_coverage_adds_up_to_the_area(name: str, area: float, shift: float) -> None:
     radius = 10
-    x, y = scenes._pixel_grid(32)
-    distance = scenes._SHAPES[name]((x + shift) / radius + 0 * y, (y - shift) / radius + 0 * x)
-    covered = scenes._coverage(distance * radius).sum() / radius**2
+    x, y = drawing.pixel_grid(32)
+    distance = drawing.SHAPES[name]((x + shift) / radius + 0 * y, (y - shift) / radius + 0 * x)
+    covered = drawing.coverage(distance * radius).sum() / radius**2
     assert covered == pytest.approx(area, rel=0.02)
 
 
@@ -128,7 +129,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def network_accuracy(images: scenes.Images, labels: scenes.Labels, train: int) -> float:
+def network_accuracy(images: drawing.Images, labels: NDArray[np.int64], train: int) -> float:
     """Test accuracy on all but the first `train` pictures, after four passes over those."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5
     pixels = pixels.contiguous(memory_format=torch.channels_last)

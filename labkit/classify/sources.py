@@ -231,6 +231,7 @@ def _scene_batches(split: str) -> Iterator[Batch]:
 
 def _scenes_hash() -> str:
     """Changes with the generator's code, so that a cache never outlives it."""
-    from labkit import scenes
+    from labkit import drawing, scenes
 
-    return _hash([checksum(Path(scenes.__file__)), SCENE_COUNTS, SCENE_SEEDS])
+    code = [checksum(Path(str(module.__file__))) for module in (drawing, scenes)]
+    return _hash([*code, SCENE_COUNTS, SCENE_SEEDS])

@@ -1,0 +1,429 @@
+"""Any image source as (H, W, 3) uint8 RGB, or one line that says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.runtime import InputError, LabkitError, SourceError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes the MPO of telephones
+ORIENTATION = 0x0112  # EXIF
+MAX_REDIRECTS = 5
+OVERALL = 4  # times the longest silence, for a whole download
+AGENT = "labkit (+https://github.com/labkit/labkit)"
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = 100_000_000,
+    max_bytes: int = 64 * 2**20,
+    timeout: float = 30.0,
+    allow_private: bool = False,
+) -> NDArray[np.uint8]:
+    """The picture in `source`, upright, as (H, W, 3) uint8 RGB: a C-contiguous copy to write to.
+
+    Transparency is laid on white, the first frame of several is taken, colour profiles are
+    ignored. 16-bit grey is divided by 257; Pillow's mode "I" is taken for 16-bit grey. Floats must
+    lie in [0, 1].
+
+    A URL is fetched without proxies, cookies or credentials. Each name, also of a redirect, is
+    looked up once; if any of its addresses is not public it is refused, else one of exactly these
+    addresses is connected to, and over https its certificate must be for the name.
+
+    Args:
+        source: A path, an http or https URL, the bytes of an image file, a PIL image, or an array
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of bool, uint8, uint16 or float.
+        max_pixels: Most pixels, checked before decoding. Pillow's own limit, twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, holds as well.
+        max_bytes: Largest file, checked before reading and while it arrives.
+        timeout: Longest silence of a server in seconds. A URL may take four times as long in all,
+            not counting the time in which the system looks up names.
+        allow_private: Also fetch from this machine and from private networks.
+
+    Raises:
+        InputError: `source` is none of these, is no image, is damaged, too large, or refused.
+        SourceError: the disk, the network or the server failed.
+    """
+    from PIL import Image
+
+    label = f"source {describe(source)}"
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "timeout": timeout}
+    for name, limit in limits.items():
+        if not limit > 0:
+            raise InputError(f"{name} must be above 0, got {limit!r}")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, label, max_pixels)
+    if isinstance(source, Image.Image):
+        return _decode(source, label, max_pixels)
+    if isinstance(source, bytes):
+        _check_bytes(len(source), label, max_bytes)
+        data = source
+    elif isinstance(source, str) and _is_url(source):
+        data = _fetch(source, label, max_bytes, timeout, allow_private)
+    elif isinstance(source, str | os.PathLike):
+        data = _read(os.fsdecode(source), label, max_bytes)
+    else:
+        raise InputError(
+            "source must be a path, a URL, bytes, a PIL image or a NumPy array, "
+            f"got {type(source).__name__}"
+        )
+    return _decode(data, label, max_pixels)
+
+
+def describe(source: ImageSource) -> str:
+    """A short name of `source` for messages and reports.
+
+    The file name; the URL without credentials, query and fragment; "bytes", "array" or "picture".
+    """
+    if isinstance(source, bytes | np.ndarray):
+        return "bytes" if isinstance(source, bytes) else "array"
+    if not isinstance(source, str | os.PathLike):
+        return "picture"
+    name = os.fsdecode(source)
+    if _is_url(name):
+        name = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", name)[0])
+    else:
+        name = os.path.basename(os.path.normpath(name))
+    return _line(name)
+
+
+def _line(value: object) -> str:
+    """`value` as one short, printable line; the name of the type where it says nothing."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    text = " ".join(text.split()) or type(value).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _is_url(text: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
+
+
+def _check_bytes(count: int, label: str, max_bytes: int) -> None:
+    if count == 0:
+        raise InputError(f"{label} is empty; was it saved or downloaded completely?")
+    if count > max_bytes:
+        raise InputError(
+            f"{label} has more than {max_bytes:,} bytes; make it smaller or raise max_bytes"
+        )
+
+
+def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
+    if width * height == 0:
+        raise InputError(f"{label} is empty: {width} x {height} pixels; give at least one pixel")
+    if width * height > max_pixels:
+        raise InputError(
+            f"{label} has {width} x {height} pixels, more than {max_pixels:,}; "
+            "make it smaller or raise max_pixels"
+        )
+
+
+def _read(path: str, label: str, max_bytes: int) -> bytes:
+    """The bytes of the file at `path`."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{label} is a folder; give one image file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{label} is a device or a pipe; give an image file")
+        _check_bytes(status.st_size, label, max_bytes)
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except LabkitError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # or a zero byte in it
+        raise InputError(f"{label} does not exist; check the path {path[:500]!r}") from error
+    except OSError as error:
+        raise SourceError(
+            f"{label} could not be read: {error.strerror or error}; check its permissions and disk"
+        ) from error
+    _check_bytes(len(data), label, max_bytes)
+    return data
+
+
+def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray[np.uint8]:
+    """The pixels of an image file or of a picture, whatever may be wrong with it."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(source, bytes) and re.match(rb"\W*(!doctype\s+)?html\b", source[:512], re.I):
+        raise InputError(f"{label} is an HTML page; give the image in it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is checked here or harmless
+            if isinstance(source, Image.Image):
+                return _from_picture(source, label, max_pixels)
+            with Image.open(io.BytesIO(source), formats=FORMATS) as image:
+                return _from_picture(image, label, max_pixels)
+    except LabkitError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{label} is no image in {', '.join(FORMATS)}, or its start is damaged; "
+            "convert it to PNG or download it again"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{label} has too many pixels: {error} Make it smaller.") from error
+    except Exception as error:  # the decoders' errors have no common base
+        raise InputError(
+            f"{label} is damaged or cut short ({_line(error)}); save or download it again"
+        ) from error
+
+
+def _from_picture(image: Image.Image, label: str, max_pixels: int) -> NDArray[np.uint8]:
+    """The pixels of `image` in any mode, upright."""
+    _check_pixels(*image.size, label, max_pixels)
+    image.load()
+    if image.mode == "I":
+        numbers = np.asarray(image)
+        if numbers.min() < 0 or numbers.max() > 65535:
+            raise InputError(
+                f"{label} holds numbers from {numbers.min()} to {numbers.max()}; "
+                "16 bits (0 to 65535) are understood: scale it, or save it as 8-bit PNG"
+            )
+        pixels = _from_array(numbers.astype(np.uint16), label, max_pixels)
+    elif image.mode == "F" or image.mode.startswith("I;16"):
+        pixels = _from_array(np.asarray(image), label, max_pixels)
+    elif image.has_transparency_data:
+        straight = image.convert("LA") if image.mode == "La" else image
+        pixels = _on_white(np.asarray(straight.convert("RGBA")))
+    else:
+        pixels = np.array(image.convert("RGB"))
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing about which side is up
+        orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _from_array(array: NDArray[Any], label: str, max_pixels: int) -> NDArray[np.uint8]:
+    """A copy of `array` as (H, W, 3) uint8."""
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+        raise InputError(
+            f"{label} has shape {shape}, channels first; transpose it: array.transpose(1, 2, 0)"
+        )
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        raise InputError(f"{label} must be (H, W) or (H, W, 1, 3 or 4), got shape {shape}")
+    _check_pixels(shape[1], shape[0], label, max_pixels)
+    pixels = _eight_bits(array, label).reshape(*shape[:2], -1)  # (H, W, channels)
+    if pixels.shape[2] == 4:
+        return _on_white(pixels)
+    return np.array(np.broadcast_to(pixels, (*shape[:2], 3)), order="C")
+
+
+def _eight_bits(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
+    """`array` with the full range of its type brought to 0..255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise InputError(
+            f"{label} must hold uint8, uint16, bool or float, got {array.dtype}; "
+            "scale it to 0..255 and use array.astype('uint8')"
+        )
+    low, high = float(array.min()), float(array.max())
+    if not np.isfinite([low, high]).all():  # a NaN anywhere makes both NaN
+        raise InputError(f"{label} holds NaN or infinity; np.nan_to_num can replace them")
+    if low < 0 or high > 1:
+        raise InputError(
+            f"{label} holds floats from {low:g} to {high:g}, they must lie in [0, 1]; "
+            "divide by the largest possible value, for example 255"
+        )
+    return np.asarray(np.rint(array.astype(np.float32) * 255), np.uint8)
+
+
+def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 4) with straight alpha -> (H, W, 3) on white."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8, order="C")
+
+
+def _fetch(url: str, label: str, max_bytes: int, timeout: float, allow_private: bool) -> bytes:
+    """The body at `url`, within all the limits that `load_image` promises."""
+    deadline = time.monotonic() + OVERALL * timeout
+
+    def left() -> float:
+        """Seconds that the next wait may last."""
+        remaining = min(timeout, deadline - time.monotonic())
+        if remaining <= 0:
+            raise TimeoutError
+        return remaining
+
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            with _answer(url, label, left, allow_private) as answer:
+                target = answer.getheader("Location")
+                if not (target and answer.status in (301, 302, 303, 307, 308)):
+                    return _body(answer, label, max_bytes)
+                url = urljoin(url, target)
+    except LabkitError:
+        raise
+    except TimeoutError as error:
+        raise SourceError(
+            f"{label} could not be had: no answer within {timeout:g} s, or no end within "
+            f"{OVERALL * timeout:g} s; try again or raise timeout"
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise SourceError(
+            f"{label} could not be had ({_line(error)}); check the address and the network"
+        ) from error
+    raise SourceError(
+        f"{label} was redirected more than {MAX_REDIRECTS} times; give the final address"
+    )
+
+
+@contextlib.contextmanager
+def _answer(
+    url: str, label: str, left: Callable[[], float], allow_private: bool
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer of the server to one request, not following redirects."""
+    import requests
+
+    parts = _checked_parts(url, label)
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(_connect(host, port, label, left, allow_private))
+        if secure:
+            context = ssl.create_default_context(cafile=requests.certs.where())
+            wire.settimeout(left())
+            wire = stack.enter_context(context.wrap_socket(wire, server_hostname=host))
+        connection = http.client.HTTPConnection(host, port)
+        patient: Any = _Patient(wire, left)
+        connection.sock = patient
+        connection.auto_open = 0  # never connects by itself to an unchecked address
+        path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+        headers = {"Host": parts.netloc, "User-Agent": AGENT, "Accept-Encoding": "identity"}
+        connection.request("GET", path, headers=headers)
+        yield stack.enter_context(connection.getresponse())
+
+
+def _checked_parts(url: str, label: str) -> SplitResult:
+    """The parts of `url`, quoted and with an ASCII host, if it may be asked for."""
+    import requests
+
+    try:
+        parts = urlsplit(requests.Request("GET", url).prepare().url or "")
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # requests raises it too; its text could show credentials
+        raise InputError(f"{label} leads to no usable URL; check its host and port") from None
+    if not usable:
+        raise InputError(f"{label} must lead to http:// or https://, got {describe(url)!r}")
+    if "@" in parts.netloc:
+        raise InputError(f"{label} leads to a URL with credentials; leave out what is before the @")
+    return parts
+
+
+def _connect(
+    host: str, port: int, label: str, left: Callable[[], float], allow_private: bool
+) -> socket.socket:
+    """A connection to one of the addresses of `host`, all of which are checked before."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise SourceError(
+            f"{label} could not be had: host {host!r} was not found; check the address and network"
+        ) from error
+    for *_, address in found:
+        if not (allow_private or _is_public(str(address[0]))):
+            raise InputError(
+                f"{label} leads to {host!r}, whose address {address[0]} is not public; "
+                "if you trust it, use allow_private=True"
+            )
+    failure = OSError("no address")
+    for family, kind, protocol, _, address in found:
+        wire = socket.socket(family, kind, protocol)
+        try:
+            wire.settimeout(left())
+            wire.connect(address)
+            return wire
+        except OSError as error:
+            wire.close()
+            failure = error
+    raise failure
+
+
+def _is_public(text: str) -> bool:
+    """Whether `text` is an address on the public internet, also where it embeds an IPv4 one."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in NAT64:
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded:
+            return _is_public(str(embedded))
+        if address.is_site_local:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+class _Patient(io.RawIOBase):
+    """A socket, as `http.client` needs it, that waits only as long as `left` allows."""
+
+    def __init__(self, wire: socket.socket, left: Callable[[], float]) -> None:
+        self._wire, self._left = wire, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._wire.settimeout(self._left())
+        return self._wire.recv_into(buffer)
+
+    def sendall(self, data: bytes) -> None:
+        self._wire.settimeout(self._left())
+        self._wire.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Patient(self._wire, self._left))
+
+
+def _body(answer: http.client.HTTPResponse, label: str, max_bytes: int) -> bytes:
+    """The body of `answer`, if it is one, is whole and has at most `max_bytes`."""
+    if answer.status != 200:
+        raise SourceError(
+            f"{label} could not be had: the server answered {answer.status}; check the address"
+        )
+    if (answer.getheader("Content-Type") or "").lower().startswith("text/html"):
+        raise SourceError(
+            f"{label} is an HTML page; give the image in it, and check for a sign-in page"
+        )
+    announced = answer.length
+    _check_bytes(1 if announced is None else announced, label, max_bytes)
+    data = answer.read(max_bytes + 1)
+    _check_bytes(len(data), label, max_bytes)
+    if announced is not None and len(data) != announced:
+        raise SourceError(
+            f"{label} broke off after {len(data):,} of {announced:,} bytes; try again"
+        )
+    return data

@@ -1,0 +1,1 @@
+"""Segment in an image what a sentence names."""

@@ -1,0 +1,152 @@
+"""Pictures of a segmentation: every stage from sentence to mask, and the masks over the image."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.segment.segmentation import Answer, Segmentation
+from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, blank_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDEST = 900  # pixels of the longer side, as drawn
+_CELL = 3.0  # inches
+# Okabe and Ito's colours, apart for readers of any colour vision.
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+
+
+def overlay_figure(segmentation: Segmentation) -> Figure:
+    """The image under every mask, each in its colour and named; with what was not found below."""
+    image = _drawable(segmentation.image)
+    height, width = image.shape[:2]
+    wide = 6.5 if width >= height else 6.5 * max(width / height, 0.5)
+    lines = textwrap.wrap(_summary(segmentation), max(20, int(wide / CHARACTER)))
+    figure = blank_figure(wide, wide * height / width + 0.25 + 0.17 * len(lines), segmentation.note)
+    axes = figure.subplots()
+    _show(axes, image)
+    for index, thing in enumerate(segmentation.objects):
+        colour = _COLOURS[index % len(_COLOURS)]
+        _paint(axes, thing.mask, colour)
+        left, top, _, _ = thing.box
+        scale = width / segmentation.image.shape[1]
+        label = f"{thing.prompt}  {thing.predicted_iou:.2f}"
+        box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
+        axes.text(left * scale, top * scale, label, bbox=box, va="bottom", clip_on=True, **SMALL)
+    axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK)
+    return figure
+
+
+def stages_figure(segmentation: Segmentation) -> Figure:
+    """A row for each sentence: its heat map, the prompts made of it, the masks drawn from them."""
+    image = _drawable(segmentation.image)
+    height, width = image.shape[:2]
+    tall = _CELL * min(height / width, 1.6)
+    rows = len(segmentation.answers)
+    figure = blank_figure(3 * _CELL + 0.9, rows * (tall + 0.75), segmentation.note)
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for (heat, prompts, masks), answer in zip(grid, segmentation.answers, strict=True):
+        _draw_heat(figure, heat, image, answer)
+        _draw_prompts(prompts, image, answer)
+        _draw_masks(masks, image, segmentation, answer)
+    return figure
+
+
+def _draw_heat(figure: Figure, axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
+    """The map on an absolute scale up to its peak, which is written beside the bar."""
+    height, width = image.shape[:2]
+    _show(axes, image.mean(axis=2, keepdims=True).repeat(3, axis=2).astype(np.uint8))
+    peak = float(answer.heat.max())
+    picture = axes.imshow(
+        answer.heat,
+        cmap=HEAT,
+        alpha=0.75,
+        vmin=0,
+        vmax=max(peak, 1e-6),
+        extent=(0, width, height, 0),
+        interpolation="bilinear",
+    )
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
+    bar.ax.set_yticklabels(["0", f"{peak:.3f}"], fontsize=7, color=SOFT)
+    bar.ax.spines["outline"].set_visible(False)
+    _title(axes, f"“{answer.prompt}”: heat map")
+
+
+def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[:2]
+    _show(axes, image)
+    rows, columns = answer.heat.shape
+    for index, prompt in enumerate(answer.prompts):
+        colour = _COLOURS[index % len(_COLOURS)]
+        placed = prompt.scaled(width / columns, height / rows)
+        left, top, right, bottom = placed.box
+        edge: dict[str, Any] = {"edgecolor": colour, "facecolor": "none", "linewidth": 1.5}
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, **edge))
+        _paint(axes, prompt.region, colour, strength=0.3)
+        for label, marker, face in ((1, "*", "white"), (0, "X", RED)):
+            x, y = placed.points[placed.labels == label].T + 0.5
+            axes.scatter(x, y, s=55, marker=marker, c=face, edgecolors=INK, linewidths=0.7)
+    told = f"{len(answer.prompts)} objects prompted" if answer.prompts else "no prompt: not there"
+    _title(axes, told.replace("1 objects", "1 object"))
+
+
+def _draw_masks(
+    axes: Axes, image: NDArray[np.uint8], segmentation: Segmentation, answer: Answer
+) -> None:
+    _show(axes, image)
+    found = [thing for thing in segmentation.objects if thing.prompt == answer.prompt]
+    for index, thing in enumerate(found):
+        _paint(axes, thing.mask, _COLOURS[index % len(_COLOURS)])
+    verdict = f"{len(found)} found" if found else f"absent: {answer.reason}"
+    _title(axes, f"{verdict} (presence {answer.presence:.2f})")
+
+
+def _summary(segmentation: Segmentation) -> str:
+    absent = [f"“{a.prompt}” ({a.reason})" for a in segmentation.answers if not a.present]
+    found = f"{len(segmentation.objects)} found" if segmentation.objects else "Nothing found"
+    return found + (f"; absent: {', '.join(absent)}" if absent else "")
+
+
+def _drawable(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`image` no larger than it can be seen."""
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    picture.thumbnail((_WIDEST, _WIDEST))
+    return np.asarray(picture)
+
+
+def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _paint(axes: Axes, mask: NDArray[np.bool_], colour: str, strength: float = 0.5) -> None:
+    """`mask`, of whatever size, over the whole of `axes`: tinted, with an outline."""
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+    from scipy import ndimage
+
+    width, height = (round(abs(b - a)) for a, b in (axes.get_xlim(), axes.get_ylim()))
+    picture = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    inside = np.asarray(picture)
+    layer = np.zeros((*inside.shape, 4))
+    layer[..., :3] = to_rgb(colour)
+    layer[inside, 3] = strength
+    thick = max(1, round(max(inside.shape) / 300))
+    layer[inside & ~ndimage.binary_erosion(inside, iterations=thick), 3] = 1.0
+    axes.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+
+
+def _title(axes: Axes, text: str) -> None:
+    lines = textwrap.wrap(text, int(_CELL / CHARACTER))
+    axes.set_title("\n".join(lines), loc="left", fontsize=8, color=INK)

@@ -1,0 +1,169 @@
+"""Sentences and an image to heat maps, by CLIPSeg: the image is encoded once for all sentences.
+
+Source: Lüddecke and Ecker, Image Segmentation Using Text and Image Prompts, 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from labkit.memory import in_parts
+from labkit.runtime import InputError, Precision, SourceError, resolve_precision
+from labkit.segment.weights import ClipSegPin
+
+_SENTENCES_AT_ONCE = 16
+
+
+class ClipSeg:
+    """A CLIPSeg with its processor, ready for inference."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.model, self.processor = model.to(device).eval(), processor
+        self.device, self.precision = device, precision
+
+    @classmethod
+    def from_pin(cls, pin: ClipSegPin, device: torch.device) -> ClipSeg:
+        """The model that `pin` names, in fp32 on a CPU and in fp16 or bf16 on a GPU.
+
+        Raises:
+            SourceError: the files could not be had, or are not those of a CLIPSeg.
+        """
+        from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+
+        folder = pin.folder()
+        try:
+            processor = CLIPSegProcessor.from_pretrained(folder)
+            model = _quietly_loaded(CLIPSegForImageSegmentation, folder)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SourceError(f"{pin.source} could not be loaded as a CLIPSeg: {reason}") from error
+        except Exception as error:  # safetensors' own class has no other base
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise SourceError(
+                f"model.safetensors of {pin.source} is damaged ({error}); remove it, so that it is "
+                f"downloaded anew: {folder / 'model.safetensors'}"
+            ) from error
+        return cls(model, processor, device, resolve_precision("auto", device))
+
+    @property
+    def side(self) -> int:
+        """Width and height in pixels of what the model sees, and of its square maps."""
+        return int(self.processor.image_processor.size["height"])
+
+    def heat_maps(
+        self,
+        image: NDArray[np.uint8],
+        sentences: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+    ) -> NDArray[np.float32]:
+        """Probability that a pixel belongs to what each sentence names.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            sentences: S of them; each is filled into every template, and the embeddings averaged.
+            templates: each with one `{}`.
+
+        Returns:
+            (S, h, w) float32 in [0, 1], in the order of `sentences`: the whole image in its own
+            proportions, its longer side as many pixels as CLIPSeg's.
+
+        Raises:
+            InputError: a sentence is too long for the model.
+        """
+        if not sentences:
+            raise InputError("sentences must name at least one thing to look for, got none")
+        conditions = self._conditions(sentences, templates)
+        layers = self._layers(image)
+        maps = in_parts(
+            lambda part: self._decoded(layers, conditions[part], image.shape[:2]),
+            len(sentences),
+            size=_SENTENCES_AT_ONCE,
+            what="sentences",
+        )
+        return np.concatenate(maps)
+
+    @torch.inference_mode()
+    def _layers(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """Outputs (1, 1 + T, width) of the layers of the vision tower that the decoder reads."""
+        from PIL import Image
+
+        picture = Image.fromarray(image)
+        pixels = self.processor(images=picture, return_tensors="pt")["pixel_values"]
+        with self.precision.autocast(self.device):
+            outputs = self.model.clip.vision_model(
+                pixels.to(self.device), output_hidden_states=True, interpolate_pos_encoding=True
+            )
+        return tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
+
+    @torch.inference_mode()
+    def _conditions(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embeddings (S, projection) of the sentences, averaged over the templates."""
+        texts = [template.format(sentence) for sentence in sentences for template in templates]
+        tokenizer = self.processor.tokenizer
+        limit = self.model.config.text_config.max_position_embeddings
+        encoded = tokenizer(texts, padding=True, return_tensors="pt")
+        if encoded["input_ids"].shape[1] > limit:
+            longest = max(sentences, key=len)
+            raise InputError(
+                f"a sentence must fit into {limit} tokens, got {longest[:60]!r} ...; name the "
+                "thing in a few words"
+            )
+        with self.precision.autocast(self.device):
+            features = self.model.clip.get_text_features(
+                encoded["input_ids"].to(self.device),
+                attention_mask=encoded["attention_mask"].to(self.device),
+            )
+        embeddings: Tensor = features.pooler_output
+        return embeddings.view(len(sentences), len(templates), -1).mean(dim=1)
+
+    @torch.inference_mode()
+    def _decoded(
+        self, layers: tuple[Tensor, ...], conditions: Tensor, size: tuple[int, int]
+    ) -> NDArray[np.float32]:
+        """Maps (S, h, w) in the proportions of `size`, from one image and S conditions."""
+        count = len(conditions)
+        with self.precision.autocast(self.device):
+            expanded = tuple(layer.expand(count, -1, -1) for layer in layers)
+            logits = self.model.decoder(expanded, conditions).logits
+        heat = logits.float().sigmoid()  # (S, side, side)
+        shape = working_size(size, heat.shape[-1])
+        heat = F.interpolate(heat[:, None], size=shape, mode="bilinear", antialias=True)[:, 0]
+        maps: NDArray[np.float32] = heat.clamp(0, 1).cpu().numpy()
+        return maps
+
+
+def working_size(size: tuple[int, int], longer: int) -> tuple[int, int]:
+    """(h, w) in the proportions of `size` (H, W), its longer side `longer` pixels; none below 1."""
+    height, width = size
+    scale = longer / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _quietly_loaded(kind: Any, folder: Path) -> Any:
+    """`kind.from_pretrained(folder)` in fp32, without transformers' own progress bars."""
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,236 @@
+"""From sentences and an image to masks: presence, prompts, refinement, choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.images import ImageSource, load_image
+from labkit.runtime import InputError, pick_device
+from labkit.segment.export import encode_mask
+from labkit.segment.ground import ClipSeg
+from labkit.segment.presence import Evidence, gather, reason, score
+from labkit.segment.prompts import Prompt, competing_ground, make_prompts, relative
+from labkit.segment.refine import Candidate, Sam2, choose, cleaned, distinct, enlarged
+from labkit.segment.segmentation import Answer, FoundObject, Segmentation
+from labkit.segment.weights import PresencePin, Profile, get_profile
+
+Maps = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Question:
+    """A sentence on its way: its map, the evidence so far, and what SAM-2 is to be told."""
+
+    sentence: str
+    heat: Maps
+    evidence: Evidence
+    prompts: tuple[Prompt, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+
+class TextSegmenter:
+    """Segments in images what sentences name, or says that it is not there."""
+
+    def __init__(
+        self,
+        clipseg: ClipSeg,
+        sam2: Sam2,
+        *,
+        presence: PresencePin,
+        templates: Sequence[str] = ("{}",),
+        note: str = "",
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        self.clipseg, self.sam2 = clipseg, sam2
+        self.presence, self.templates = presence, tuple(templates)
+        self.note, self.models = note, dict(models or {})
+
+    @classmethod
+    def from_profile(
+        cls, profile: str | Profile = "full", *, sam2: str | None = None, device: str = "auto"
+    ) -> TextSegmenter:
+        """A segmenter with the weights of a profile.
+
+        Args:
+            profile: "full", the published weights, downloaded once; or "demo", the tiny ones that
+                come with the package; or a `Profile` of your own.
+            sam2: the size of SAM-2, for "full" one of tiny, small, base-plus and large.
+            device: auto, cpu, cuda or cuda:N.
+
+        Raises:
+            InputError: there is no such profile, size or device.
+            SourceError: weights could not be had.
+        """
+        chosen = get_profile(profile) if isinstance(profile, str) else profile
+        pin, where = chosen.sam2_pin(sam2), pick_device(device)
+        return cls(
+            ClipSeg.from_pin(chosen.clipseg, where),
+            Sam2.from_pin(pin, where),
+            presence=chosen.presence,
+            templates=chosen.templates,
+            note=chosen.note,
+            models={"CLIPSeg": chosen.clipseg.name, "SAM-2": pin.name},
+        )
+
+    def __call__(
+        self,
+        image: ImageSource,
+        prompts: Sequence[str],
+        negatives: Sequence[str] = (),
+        *,
+        assume_present: bool = False,
+    ) -> Segmentation:
+        """Masks of what each of `prompts` names in `image`, and none where it names nothing.
+
+        Args:
+            image: path, address, bytes, PIL image or array; see `labkit.images.load_image`.
+            prompts: one sentence or more, in a few words each.
+            negatives: sentences for what is not meant; ground that fits one of them better than a
+                prompt does not count for that prompt.
+            assume_present: skip the question whether a thing is there; the presence score is
+                reported all the same.
+
+        Raises:
+            InputError: a sentence is empty, too long, or both wanted and not; or no such image.
+            SourceError: the image could not be read or fetched.
+        """
+        wanted, unwanted = checked_sentences(prompts, negatives)
+        pixels = load_image(image)
+        maps = self.clipseg.heat_maps(pixels, [*wanted, *unwanted], self.templates)
+        return self.refine(pixels, wanted, maps, assume_present=assume_present)
+
+    def refine(
+        self, image: NDArray[np.uint8], wanted: Sequence[str], maps: Maps, *, assume_present: bool
+    ) -> Segmentation:
+        """The same, from heat maps (S, h, w) that are there already.
+
+        The first of them belong to the sentences `wanted`, the others to what is not meant.
+        """
+        evidence = gather(maps)
+        here = [assume_present or self._present(one) for one in evidence]
+        questions = [
+            _Question(
+                sentence=sentence,
+                heat=maps[index],
+                evidence=evidence[index],
+                prompts=self._prompts(maps, here, index, len(wanted)) if here[index] else (),
+            )
+            for index, sentence in enumerate(wanted)
+        ]
+        answers, objects = [], []
+        for question in self._masked(image, questions):
+            answer = self._answer(question, assume_present=assume_present)
+            answers.append(answer)
+            if answer.present:
+                drawn = (_object(one, answer, image.shape) for one in question.candidates)
+                objects += [thing for thing in drawn if thing.box[2] > thing.box[0]]
+        return Segmentation(
+            image=image,
+            answers=tuple(answers),
+            objects=tuple(objects),
+            note=self.note,
+            models=self.models,
+        )
+
+    def _present(self, evidence: Evidence) -> bool:
+        return score(evidence, self.presence) >= self.presence.cut
+
+    def _prompts(
+        self, maps: Maps, here: Sequence[bool], index: int, wanted: int
+    ) -> tuple[Prompt, ...]:
+        """Prompts in pixels of map `index`, which competes with all that are here too."""
+        rivals = [number for number, present in enumerate(here) if present]
+        competing = competing_ground(maps[rivals], rivals.index(index))
+        unwanted = [relative(maps[number]) for number in rivals if number >= wanted]
+        heat = maps[index]
+        if unwanted:
+            heat = np.where(np.max(unwanted, axis=0) > relative(heat), np.float32(0), heat)
+        return tuple(make_prompts(heat, grid=self.sam2.grid, competing=competing))
+
+    def _masked(self, image: NDArray[np.uint8], questions: Sequence[_Question]) -> list[_Question]:
+        """Each question with its masks; the image is encoded once, or not at all."""
+        prompts = [prompt for question in questions for prompt in question.prompts]
+        if not prompts:
+            return list(questions)
+        features = self.sam2.encode(image)
+        side = self.sam2.side
+        height, width = prompts[0].region.shape
+        scaled = [prompt.scaled(side / width, side / height) for prompt in prompts]
+        chosen = iter(map(choose, prompts, *self.sam2.decode(features, scaled)))
+        return [
+            replace(
+                question,
+                candidates=tuple(
+                    distinct(
+                        [
+                            replace(candidate, logits=cleaned(candidate.logits))
+                            for candidate in islice(chosen, len(question.prompts))
+                        ]
+                    )
+                ),
+            )
+            for question in questions
+        ]
+
+    def _answer(self, question: _Question, *, assume_present: bool) -> Answer:
+        """Whether the thing is there, now that the masks, if any, can be held against the map."""
+        agreement = max((one.agreement for one in question.candidates), default=0.0)
+        evidence = question.evidence
+        if question.prompts:
+            evidence = replace(evidence, agreement=agreement)
+        there = bool(question.candidates) and (assume_present or self._present(evidence))
+        return Answer(
+            prompt=question.sentence,
+            present=there,
+            presence=score(evidence, self.presence),
+            reason="" if there else reason(evidence, self.presence),
+            evidence=evidence,
+            heat=question.heat,
+            prompts=question.prompts,
+        )
+
+
+def checked_sentences(
+    prompts: Sequence[str], negatives: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Both lists without surplus white space and without repetitions.
+
+    Raises:
+        InputError: there is nothing to look for, a sentence is empty, or it is in both lists.
+    """
+    if isinstance(prompts, str) or isinstance(negatives, str):
+        raise InputError("prompts and negatives must be lists of sentences, got a single text")
+    wanted, unwanted = (
+        list(dict.fromkeys(" ".join(sentence.split()) for sentence in sentences))
+        for sentences in (prompts, negatives)
+    )
+    if not wanted:
+        raise InputError("prompts must name at least one thing to look for, got none")
+    if "" in wanted or "" in unwanted:
+        raise InputError("a sentence is empty; name a thing, such as 'red circle'")
+    both = [sentence for sentence in wanted if sentence in unwanted]
+    if both:
+        raise InputError(f"{both[0]!r} is both wanted and not; take it out of one of the lists")
+    return wanted, unwanted
+
+
+def _object(candidate: Candidate, answer: Answer, shape: Sequence[int]) -> FoundObject:
+    mask = enlarged(candidate.logits, (shape[0], shape[1]))
+    coarse = enlarged(candidate.logits, (answer.heat.shape[0], answer.heat.shape[1]))
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+    left, top, right, bottom = (int(edge) for edge in box)
+    return FoundObject(
+        prompt=answer.prompt,
+        rle=encode_mask(mask),
+        box=(left, top, right, bottom),
+        presence=answer.presence,
+        grounding=float(answer.heat[coarse].mean()) if coarse.any() else 0.0,
+        predicted_iou=candidate.predicted_iou,
+        agreement=candidate.agreement,
+    )
