@@ -38,9 +38,11 @@ SEGMENT = [
     "ground",
     "refine",
     "metrics",
+    "rle",
+    "findings",
     "export",
-    "segmentation",
     "figures",
+    "segmentation",
     "pipeline",
     "bench",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.segment.segmentation import Answer, Segmentation
+from labkit.segment.findings import Answer, Findings
 from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, blank_figure
 
 if TYPE_CHECKING:
@@ -21,20 +21,20 @@ _CELL = 3.0  # inches
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
-def overlay_figure(segmentation: Segmentation) -> Figure:
+def overlay_figure(findings: Findings) -> Figure:
     """The image under every mask, each in its colour and named; with what was not found below."""
-    image = _drawable(segmentation.image)
+    image = _drawable(findings.image)
     height, width = image.shape[:2]
     wide = 6.5 if width >= height else 6.5 * max(width / height, 0.5)
-    lines = textwrap.wrap(_summary(segmentation), max(20, int(wide / CHARACTER)))
-    figure = blank_figure(wide, wide * height / width + 0.25 + 0.17 * len(lines), segmentation.note)
+    lines = textwrap.wrap(_summary(findings), max(20, int(wide / CHARACTER)))
+    figure = blank_figure(wide, wide * height / width + 0.25 + 0.17 * len(lines), findings.note)
     axes = figure.subplots()
     _show(axes, image)
-    for index, thing in enumerate(segmentation.objects):
+    for index, thing in enumerate(findings.objects):
         colour = _COLOURS[index % len(_COLOURS)]
         _paint(axes, thing.mask, colour)
         left, top, _, _ = thing.box
-        scale = width / segmentation.image.shape[1]
+        scale = width / findings.image.shape[1]
         label = f"{thing.prompt}  {thing.predicted_iou:.2f}"
         box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
         axes.text(left * scale, top * scale, label, bbox=box, va="bottom", clip_on=True, **SMALL)
@@ -42,18 +42,18 @@ def overlay_figure(segmentation: Segmentation) -> Figure:
     return figure
 
 
-def stages_figure(segmentation: Segmentation) -> Figure:
+def stages_figure(findings: Findings) -> Figure:
     """A row for each sentence: its heat map, the prompts made of it, the masks drawn from them."""
-    image = _drawable(segmentation.image)
+    image = _drawable(findings.image)
     height, width = image.shape[:2]
     tall = _CELL * min(height / width, 1.6)
-    rows = len(segmentation.answers)
-    figure = blank_figure(3 * _CELL + 0.9, rows * (tall + 0.75), segmentation.note)
+    rows = len(findings.answers)
+    figure = blank_figure(3 * _CELL + 0.9, rows * (tall + 0.75), findings.note)
     grid = figure.subplots(rows, 3, squeeze=False)
-    for (heat, prompts, masks), answer in zip(grid, segmentation.answers, strict=True):
+    for (heat, prompts, masks), answer in zip(grid, findings.answers, strict=True):
         _draw_heat(figure, heat, image, answer)
         _draw_prompts(prompts, image, answer)
-        _draw_masks(masks, image, segmentation, answer)
+        _draw_masks(masks, image, findings, answer)
     return figure
 
 
@@ -97,20 +97,18 @@ def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
     _title(axes, told.replace("1 objects", "1 object"))
 
 
-def _draw_masks(
-    axes: Axes, image: NDArray[np.uint8], segmentation: Segmentation, answer: Answer
-) -> None:
+def _draw_masks(axes: Axes, image: NDArray[np.uint8], findings: Findings, answer: Answer) -> None:
     _show(axes, image)
-    found = [thing for thing in segmentation.objects if thing.prompt == answer.prompt]
+    found = [thing for thing in findings.objects if thing.prompt == answer.prompt]
     for index, thing in enumerate(found):
         _paint(axes, thing.mask, _COLOURS[index % len(_COLOURS)])
     verdict = f"{len(found)} found" if found else f"absent: {answer.reason}"
     _title(axes, f"{verdict} (presence {answer.presence:.2f})")
 
 
-def _summary(segmentation: Segmentation) -> str:
-    absent = [f"“{a.prompt}” ({a.reason})" for a in segmentation.answers if not a.present]
-    found = f"{len(segmentation.objects)} found" if segmentation.objects else "Nothing found"
+def _summary(findings: Findings) -> str:
+    absent = [f"“{a.prompt}” ({a.reason})" for a in findings.answers if not a.present]
+    found = f"{len(findings.objects)} found" if findings.objects else "Nothing found"
     return found + (f"; absent: {', '.join(absent)}" if absent else "")
 
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, pick_device
-from labkit.segment.export import encode_mask
+from labkit.segment.findings import Answer, FoundObject
 from labkit.segment.ground import ClipSeg
 from labkit.segment.presence import Evidence, gather, reason, score
 from labkit.segment.prompts import Prompt, competing_ground, make_prompts, relative
 from labkit.segment.refine import Candidate, Sam2, choose, cleaned, distinct, enlarged
-from labkit.segment.segmentation import Answer, FoundObject, Segmentation
+from labkit.segment.rle import encode_mask
+from labkit.segment.segmentation import Segmentation
 from labkit.segment.weights import PresencePin, Profile, get_profile
 
 Maps = NDArray[np.float32]

@@ -210,6 +210,8 @@ def make_prompts(
     `competing_ground`; other instances compete in any case, each relative to its own peak.
     """
     shares = relative(heat)
+    if competing is not None and np.shape(competing) != shares.shape:
+        raise InputError(f"competing must be like heat, {shares.shape}, got {np.shape(competing)}")
     found = find_instances(shares, threshold=threshold)
     own = np.zeros_like(shares)
     for one in found:

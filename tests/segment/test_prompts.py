@@ -336,6 +336,8 @@ def test_arguments_that_make_no_sense_are_named() -> None:
         prompts.find_instances(heat, max_instances=0)
     with pytest.raises(InputError, match="grid"):
         prompts.make_prompts(heat, grid=0)
+    with pytest.raises(InputError, match="competing must be like heat"):
+        prompts.make_prompts(heat, grid=4, competing=heat[:1])
     with pytest.raises(InputError, match="bool"):
         prompts.positive_points(heat, heat)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"like the map \(4, 3\)"):
