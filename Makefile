@@ -9,7 +9,7 @@ READY = $(VENV)/.ready
 .PHONY: run test lint colab-check clean
 
 run: $(READY)
-	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb
+	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb q2.ipynb
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -4,27 +4,29 @@ from labkit.classify.augment import TrainingImages
 from labkit.classify.data import ImageData, Split, hold_out, load_data
 from labkit.classify.engine import fit
 from labkit.classify.metrics import Metrics
-from labkit.classify.models import attention_rollout, build_model, model_for
+from labkit.classify.models import build_model, model_for
 from labkit.classify.presets import PRESETS, AugmentConfig, TrainConfig, get_preset, notebook_config
 from labkit.classify.run import Run, evaluate, load_run
 from labkit.files import drive_folder
+from labkit.images import load_image
+from labkit.object_scenes import object_scene
 from labkit.runtime import LabkitError, gpu_advice, pick_device
-from labkit.scenes import SCENE_CLASSES, classification_scenes
+from labkit.segment.pipeline import TextSegmenter
+from labkit.segment.segmentation import Segmentation
 
 __all__ = [
     "PRESETS",
-    "SCENE_CLASSES",
     "AugmentConfig",
     "ImageData",
     "LabkitError",
     "Metrics",
     "Run",
+    "Segmentation",
     "Split",
+    "TextSegmenter",
     "TrainConfig",
     "TrainingImages",
-    "attention_rollout",
     "build_model",
-    "classification_scenes",
     "drive_folder",
     "evaluate",
     "fit",
@@ -32,8 +34,10 @@ __all__ = [
     "gpu_advice",
     "hold_out",
     "load_data",
+    "load_image",
     "load_run",
     "model_for",
     "notebook_config",
+    "object_scene",
     "pick_device",
 ]

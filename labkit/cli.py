@@ -1,4 +1,4 @@
-"""The command line: `labkit train | eval | doctor`."""
+"""The command line: `labkit train | eval | segment | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from labkit.runtime import LabkitError
+from labkit.runtime import InputError, LabkitError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a CIFAR-10 classifier well, and segment in an image what a sentence names.",
 )
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on procedural scenes.")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -83,6 +86,96 @@ def evaluate(
     if data is None:
         loaded.report()
     _tell(loaded)
+
+
+@app.command()
+def segment(
+    images: Annotated[list[str], typer.Argument(help="Images, folders of images, addresses.")],
+    prompt: Annotated[list[str], typer.Option(help="What to look for; may be repeated.")],
+    not_: Annotated[
+        list[str] | None, typer.Option("--not", help="What is not meant; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for masks, pictures, reports.")] = Path("out"),
+    profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "full",
+    sam2: Annotated[
+        str | None, typer.Option(help="tiny, small, base-plus or large [default: large].")
+    ] = None,
+    assume_present: Annotated[
+        bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Segment in images what sentences name, or say that it is not there.
+
+    For one image OUT holds masks.json, overlay.png and report.html; for several, a folder for each.
+    """
+    from labkit.images import describe
+    from labkit.segment.pipeline import TextSegmenter, checked_sentences
+
+    checked_sentences(prompt, not_ or ())
+    sources = _expanded(images)
+    segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
+    for number, source in enumerate(sources, 1):
+        name = describe(source)
+        found = segmenter(source, prompt, not_ or (), assume_present=assume_present)
+        folder = out if len(sources) == 1 else out / f"{number:04d}-{Path(name).stem}"
+        found.save(folder, name)
+        note = f"  [{found.note}]" if found.note else ""
+        for answer in found.answers:
+            count = sum(thing.prompt == answer.prompt for thing in found.objects)
+            verdict = f"{count} found" if count else f"not found: {answer.reason}"
+            print(f"{name}  {answer.prompt!r}  {verdict} (presence {answer.presence:.2f}){note}")
+        print(f"{name}  {folder / 'report.html'}")
+
+
+def _expanded(sources: list[str]) -> list[str]:
+    """`sources` with the images of each folder, sorted, in its place."""
+    from labkit.images import SUFFIXES
+
+    found: list[str] = []
+    for source in sources:
+        folder = Path(source)
+        if not folder.is_dir():
+            found.append(source)
+            continue
+        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
+        found += map(str, inside)
+    return found
+
+
+@bench.command("segment")
+def bench_segment(
+    profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "demo",
+    scenes: Annotated[int, typer.Option(help="How many.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+    sam2: Annotated[
+        str | None, typer.Option(help="tiny, small, base-plus or large [default: large].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure a segmenter on procedural scenes that were never trained or tuned on."""
+    import json
+    import time
+
+    from labkit.files import write_json
+    from labkit.runtime import device_name, versions
+    from labkit.segment.bench import measure_scenes
+    from labkit.segment.pipeline import TextSegmenter
+
+    segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
+    started = time.perf_counter()
+    figures = {
+        "profile": profile,
+        **measure_scenes(segmenter, scenes),
+        "seconds": round(time.perf_counter() - started, 1),
+        "device": device_name(segmenter.clipseg.device),
+        "versions": versions(),
+    }
+    print(json.dumps(figures, indent=2))
+    if out is not None:
+        write_json(out, figures)
 
 
 @app.command()

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
-import ipaddress
 import os
 import re
-import socket
-import ssl
 import stat
-import time
 import warnings
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import SplitResult, urljoin, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from labkit.runtime import InputError, LabkitError, SourceError
+from labkit.web import fetch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,10 +23,6 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes the MPO of telephones
 ORIENTATION = 0x0112  # EXIF
-MAX_REDIRECTS = 5
-OVERALL = 4  # times the longest silence, for a whole download
-AGENT = "labkit (+https://github.com/labkit/labkit)"
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def load_image(
@@ -79,10 +69,11 @@ def load_image(
     if isinstance(source, Image.Image):
         return _decode(source, label, max_pixels)
     if isinstance(source, bytes):
-        _check_bytes(len(source), label, max_bytes)
         data = source
     elif isinstance(source, str) and _is_url(source):
-        data = _fetch(source, label, max_bytes, timeout, allow_private)
+        data = fetch(
+            source, label, max_bytes=max_bytes, timeout=timeout, allow_private=allow_private
+        )
     elif isinstance(source, str | os.PathLike):
         data = _read(os.fsdecode(source), label, max_bytes)
     else:
@@ -90,6 +81,7 @@ def load_image(
             "source must be a path, a URL, bytes, a PIL image or a NumPy array, "
             f"got {type(source).__name__}"
         )
+    _check_bytes(len(data), label, max_bytes)
     return _decode(data, label, max_pixels)
 
 
@@ -141,7 +133,7 @@ def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
 
 
 def _read(path: str, label: str, max_bytes: int) -> bytes:
-    """The bytes of the file at `path`."""
+    """The bytes of the file at `path`; one more than `max_bytes` if it has grown beyond."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -150,7 +142,7 @@ def _read(path: str, label: str, max_bytes: int) -> bytes:
             raise InputError(f"{label} is a device or a pipe; give an image file")
         _check_bytes(status.st_size, label, max_bytes)
         with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+            return file.read(max_bytes + 1)
     except LabkitError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # or a zero byte in it
@@ -159,8 +151,6 @@ def _read(path: str, label: str, max_bytes: int) -> bytes:
         raise SourceError(
             f"{label} could not be read: {error.strerror or error}; check its permissions and disk"
         ) from error
-    _check_bytes(len(data), label, max_bytes)
-    return data
 
 
 def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray[np.uint8]:
@@ -266,164 +256,3 @@ def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W, 4) with straight alpha -> (H, W, 3) on white."""
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8, order="C")
-
-
-def _fetch(url: str, label: str, max_bytes: int, timeout: float, allow_private: bool) -> bytes:
-    """The body at `url`, within all the limits that `load_image` promises."""
-    deadline = time.monotonic() + OVERALL * timeout
-
-    def left() -> float:
-        """Seconds that the next wait may last."""
-        remaining = min(timeout, deadline - time.monotonic())
-        if remaining <= 0:
-            raise TimeoutError
-        return remaining
-
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            with _answer(url, label, left, allow_private) as answer:
-                target = answer.getheader("Location")
-                if not (target and answer.status in (301, 302, 303, 307, 308)):
-                    return _body(answer, label, max_bytes)
-                url = urljoin(url, target)
-    except LabkitError:
-        raise
-    except TimeoutError as error:
-        raise SourceError(
-            f"{label} could not be had: no answer within {timeout:g} s, or no end within "
-            f"{OVERALL * timeout:g} s; try again or raise timeout"
-        ) from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise SourceError(
-            f"{label} could not be had ({_line(error)}); check the address and the network"
-        ) from error
-    raise SourceError(
-        f"{label} was redirected more than {MAX_REDIRECTS} times; give the final address"
-    )
-
-
-@contextlib.contextmanager
-def _answer(
-    url: str, label: str, left: Callable[[], float], allow_private: bool
-) -> Iterator[http.client.HTTPResponse]:
-    """The answer of the server to one request, not following redirects."""
-    import requests
-
-    parts = _checked_parts(url, label)
-    host, secure = parts.hostname or "", parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    with contextlib.ExitStack() as stack:
-        wire = stack.enter_context(_connect(host, port, label, left, allow_private))
-        if secure:
-            context = ssl.create_default_context(cafile=requests.certs.where())
-            wire.settimeout(left())
-            wire = stack.enter_context(context.wrap_socket(wire, server_hostname=host))
-        connection = http.client.HTTPConnection(host, port)
-        patient: Any = _Patient(wire, left)
-        connection.sock = patient
-        connection.auto_open = 0  # never connects by itself to an unchecked address
-        path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        headers = {"Host": parts.netloc, "User-Agent": AGENT, "Accept-Encoding": "identity"}
-        connection.request("GET", path, headers=headers)
-        yield stack.enter_context(connection.getresponse())
-
-
-def _checked_parts(url: str, label: str) -> SplitResult:
-    """The parts of `url`, quoted and with an ASCII host, if it may be asked for."""
-    import requests
-
-    try:
-        parts = urlsplit(requests.Request("GET", url).prepare().url or "")
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # requests raises it too; its text could show credentials
-        raise InputError(f"{label} leads to no usable URL; check its host and port") from None
-    if not usable:
-        raise InputError(f"{label} must lead to http:// or https://, got {describe(url)!r}")
-    if "@" in parts.netloc:
-        raise InputError(f"{label} leads to a URL with credentials; leave out what is before the @")
-    return parts
-
-
-def _connect(
-    host: str, port: int, label: str, left: Callable[[], float], allow_private: bool
-) -> socket.socket:
-    """A connection to one of the addresses of `host`, all of which are checked before."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise SourceError(
-            f"{label} could not be had: host {host!r} was not found; check the address and network"
-        ) from error
-    for *_, address in found:
-        if not (allow_private or _is_public(str(address[0]))):
-            raise InputError(
-                f"{label} leads to {host!r}, whose address {address[0]} is not public; "
-                "if you trust it, use allow_private=True"
-            )
-    failure = OSError("no address")
-    for family, kind, protocol, _, address in found:
-        wire = socket.socket(family, kind, protocol)
-        try:
-            wire.settimeout(left())
-            wire.connect(address)
-            return wire
-        except OSError as error:
-            wire.close()
-            failure = error
-    raise failure
-
-
-def _is_public(text: str) -> bool:
-    """Whether `text` is an address on the public internet, also where it embeds an IPv4 one."""
-    address = ipaddress.ip_address(text)
-    if isinstance(address, ipaddress.IPv6Address):
-        embedded = address.ipv4_mapped or address.sixtofour
-        if address in NAT64:
-            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if embedded:
-            return _is_public(str(embedded))
-        if address.is_site_local:
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
-
-
-class _Patient(io.RawIOBase):
-    """A socket, as `http.client` needs it, that waits only as long as `left` allows."""
-
-    def __init__(self, wire: socket.socket, left: Callable[[], float]) -> None:
-        self._wire, self._left = wire, left
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._wire.settimeout(self._left())
-        return self._wire.recv_into(buffer)
-
-    def sendall(self, data: bytes) -> None:
-        self._wire.settimeout(self._left())
-        self._wire.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Patient(self._wire, self._left))
-
-
-def _body(answer: http.client.HTTPResponse, label: str, max_bytes: int) -> bytes:
-    """The body of `answer`, if it is one, is whole and has at most `max_bytes`."""
-    if answer.status != 200:
-        raise SourceError(
-            f"{label} could not be had: the server answered {answer.status}; check the address"
-        )
-    if (answer.getheader("Content-Type") or "").lower().startswith("text/html"):
-        raise SourceError(
-            f"{label} is an HTML page; give the image in it, and check for a sign-in page"
-        )
-    announced = answer.length
-    _check_bytes(1 if announced is None else announced, label, max_bytes)
-    data = answer.read(max_bytes + 1)
-    _check_bytes(len(data), label, max_bytes)
-    if announced is not None and len(data) != announced:
-        raise SourceError(
-            f"{label} broke off after {len(data):,} of {announced:,} bytes; try again"
-        )
-    return data

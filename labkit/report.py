@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,13 @@ class Table:
                 raise InputError(
                     f"table row {index} has {len(row)} cells for {len(self.columns)} columns"
                 )
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = ("".join(f"<td>{escape(_text(cell))}</td>" for cell in row) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 _PAGE = """\

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PREINSTALLED = [
     *("torch", "torchvision", "timm", "transformers", "numpy", "opencv-python", "pillow"),
-    *("huggingface_hub", "safetensors", "pyarrow", "matplotlib"),
+    *("huggingface_hub", "safetensors", "pyarrow", "matplotlib", "pycocotools", "scikit-image"),
     *("ipykernel", "ipywidgets", "nbclient", "nbformat", "setuptools", "wheel"),
 ]
 SETUP_SECONDS = 60

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,23 +29,32 @@ def loopback() -> Iterator[LoopbackServer]:
 
 
 @pytest.fixture
-def hub(
-    loopback: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[LoopbackHub]:
+def hub(loopback: LoopbackServer, tmp_path: Path) -> Iterator[LoopbackHub]:
     """A stand-in for the Hugging Face hub that `huggingface_hub` talks to in this test."""
+    with hub_at(loopback, tmp_path / "hub-cache"):
+        yield LoopbackHub(loopback)
+
+
+@contextlib.contextmanager
+def hub_at(server: LoopbackServer, cache: Path, timeout: float = 0.3) -> Iterator[None]:
+    """Make `huggingface_hub` talk to `server` alone, with a cache and a patience of its own."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
-    template = loopback.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", loopback.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()
-    yield LoopbackHub(loopback)
+    settings = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_ETAG_TIMEOUT": timeout,
+        "HF_HUB_DOWNLOAD_TIMEOUT": timeout,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()
+        yield
     close_session()
 
 
@@ -63,3 +74,15 @@ def real_data() -> Path:
     if not (folder / "cifar10-jpeg").is_dir():
         pytest.skip(f"no real data: {folder / 'cifar10-jpeg'} is missing (set LABKIT_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Twins of the published models with random weights: `clipseg/` and `sam2/` as on the hub."""
+    from benchmarks.standins import write_clipseg, write_sam2
+
+    folder = tmp_path_factory.mktemp("full-size")
+    write_clipseg(folder / "clipseg")
+    write_sam2(folder / "sam2")
+    yield folder
+    shutil.rmtree(folder)  # pytest would keep the last three, 0.8 GB each

@@ -14,6 +14,7 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 HTML_PAGE = b"<!doctype html><title>Sign in</title><p>Please sign in to use this network."
+_INVERTED = bytes(range(255, -1, -1))
 
 
 class Fault(Enum):
@@ -46,9 +47,9 @@ class Request:
 
 @dataclass(frozen=True)
 class File:
-    """What is served at one path."""
+    """What is served at one path; a view of a mapped file serves without loading it."""
 
-    body: bytes
+    body: bytes | memoryview
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
     redirect: str | None = None
@@ -95,7 +96,7 @@ class LoopbackServer:
     def add(
         self,
         path: str,
-        body: bytes,
+        body: bytes | memoryview,
         *,
         headers: dict[str, str] | None = None,
         ranges: bool = True,
@@ -130,7 +131,7 @@ class LoopbackHub:
         self,
         repo_id: str,
         filename: str,
-        body: bytes,
+        body: bytes | memoryview,
         *,
         repo_type: str = "model",
         revision: str = "main",
@@ -220,14 +221,18 @@ class _Handler(BaseHTTPRequestHandler):
             status, body = 206, body[start:]
             headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
         if fault is Fault.WRONG_BYTES:
-            body = bytes(byte ^ 0xFF for byte in body)
+            body = bytes(body).translate(_INVERTED)
         sent = len(body) // 2 if fault in (Fault.SHORT_BODY, Fault.STALL_HALFWAY) else len(body)
         self._send(status, body, headers, sent)
         if fault is Fault.STALL_HALFWAY:
             server.closing.wait()
 
     def _send(
-        self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None
+        self,
+        status: int,
+        body: bytes | memoryview,
+        headers: dict[str, str],
+        sent: int | None = None,
     ) -> None:
         self.send_response(status)
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers

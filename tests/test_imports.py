@@ -34,9 +34,12 @@ CLASSIFY = [
 SEGMENT = [
     "weights",
     "presence",
+    "instances",
     "prompts",
     "ground",
     "refine",
+    "residue",
+    "inquiry",
     "metrics",
     "rle",
     "findings",
@@ -45,12 +48,14 @@ SEGMENT = [
     "segmentation",
     "pipeline",
     "bench",
+    "examples",
 ]
 ORDER = [
     "labkit.runtime",
     "labkit.memory",
     "labkit.transfer",
     "labkit.files",
+    "labkit.web",
     "labkit.images",
     "labkit.drawing",
     "labkit.scenes",

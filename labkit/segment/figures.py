@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.segment.findings import Answer, Findings
+from labkit.runtime import InputError
+from labkit.segment.findings import Answer, Findings, FoundObject
 from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Objects = tuple[FoundObject, ...]
 
 _WIDEST = 900  # pixels of the longer side, as drawn
 _CELL = 3.0  # inches
@@ -42,22 +45,30 @@ def overlay_figure(findings: Findings) -> Figure:
     return figure
 
 
-def stages_figure(findings: Findings) -> Figure:
-    """A row for each sentence: its heat map, the prompts made of it, the masks drawn from them."""
+def stages_figure(findings: Findings, *stages: str) -> Figure:
+    """A row for each sentence: its heat map, the prompts made of it, the masks drawn from them.
+
+    Raises:
+        InputError: one of `stages`, by default all, is not heat, prompts or masks.
+    """
+    draw = {"heat": _draw_heat, "prompts": _draw_prompts, "masks": _draw_masks}
+    shown = stages or tuple(draw)
+    if unknown := set(shown) - set(draw):
+        raise InputError(f"stages must be among {', '.join(draw)}, got {sorted(unknown)}")
     image = _drawable(findings.image)
     height, width = image.shape[:2]
     tall = _CELL * min(height / width, 1.6)
     rows = len(findings.answers)
-    figure = blank_figure(3 * _CELL + 0.9, rows * (tall + 0.75), findings.note)
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for (heat, prompts, masks), answer in zip(grid, findings.answers, strict=True):
-        _draw_heat(figure, heat, image, answer)
-        _draw_prompts(prompts, image, answer)
-        _draw_masks(masks, image, findings, answer)
+    figure = blank_figure(len(shown) * (_CELL + 0.3), rows * (tall + 0.75), findings.note)
+    grid = figure.subplots(rows, len(shown), squeeze=False)
+    for row, answer in zip(grid, findings.answers, strict=True):
+        found = tuple(thing for thing in findings.objects if thing.prompt == answer.prompt)
+        for axes, stage in zip(row, shown, strict=True):
+            draw[stage](axes, image, answer, found)
     return figure
 
 
-def _draw_heat(figure: Figure, axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
+def _draw_heat(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
     """The map on an absolute scale up to its peak, which is written beside the bar."""
     height, width = image.shape[:2]
     _show(axes, image.mean(axis=2, keepdims=True).repeat(3, axis=2).astype(np.uint8))
@@ -71,13 +82,13 @@ def _draw_heat(figure: Figure, axes: Axes, image: NDArray[np.uint8], answer: Ans
         extent=(0, width, height, 0),
         interpolation="bilinear",
     )
-    bar = figure.colorbar(picture, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
+    bar = axes.figure.colorbar(picture, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
     bar.ax.set_yticklabels(["0", f"{peak:.3f}"], fontsize=7, color=SOFT)
     bar.ax.spines["outline"].set_visible(False)
     _title(axes, f"“{answer.prompt}”: heat map")
 
 
-def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
+def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
     from matplotlib.patches import Rectangle
 
     height, width = image.shape[:2]
@@ -97,9 +108,8 @@ def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer) -> None:
     _title(axes, told.replace("1 objects", "1 object"))
 
 
-def _draw_masks(axes: Axes, image: NDArray[np.uint8], findings: Findings, answer: Answer) -> None:
+def _draw_masks(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
     _show(axes, image)
-    found = [thing for thing in findings.objects if thing.prompt == answer.prompt]
     for index, thing in enumerate(found):
         _paint(axes, thing.mask, _COLOURS[index % len(_COLOURS)])
     verdict = f"{len(found)} found" if found else f"absent: {answer.reason}"

@@ -95,13 +95,13 @@ class Findings:
         return np.array([thing.box for thing in self.objects], dtype=np.int64).reshape(-1, 4)
 
     def answer(self, prompt: str) -> Answer:
-        """The answer to `prompt`.
+        """The answer to `prompt`, whatever its white space.
 
         Raises:
             InputError: it was not asked.
         """
         for answer in self.answers:
-            if answer.prompt == prompt:
+            if answer.prompt == " ".join(prompt.split()):
                 return answer
         asked = ", ".join(repr(answer.prompt) for answer in self.answers)
         raise InputError(f"{prompt!r} was not asked; these were: {asked}")
@@ -112,9 +112,9 @@ class Findings:
         Raises:
             InputError: it was not asked.
         """
-        self.answer(prompt)
+        asked = self.answer(prompt).prompt
         mask = np.zeros(self.image.shape[:2], dtype=bool)
         for thing in self.objects:
-            if thing.prompt == prompt:
+            if thing.prompt == asked:
                 mask |= thing.mask
         return mask

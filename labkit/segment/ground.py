@@ -46,8 +46,11 @@ class ClipSeg:
 
         folder = pin.folder()
         try:
-            processor = CLIPSegProcessor.from_pretrained(folder)
+            processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
             model = _quietly_loaded(CLIPSegForImageSegmentation, folder)
+            known, needed = len(processor.tokenizer), model.config.text_config.vocab_size
+            if known != needed:
+                raise ValueError(f"its tokenizer has {known} tokens, its model {needed}")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SourceError(f"{pin.source} could not be loaded as a CLIPSeg: {reason}") from error
@@ -100,13 +103,14 @@ class ClipSeg:
     @torch.inference_mode()
     def _layers(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """Outputs (1, 1 + T, width) of the layers of the vision tower that the decoder reads."""
-        from PIL import Image
-
-        picture = Image.fromarray(image)
-        pixels = self.processor(images=picture, return_tensors="pt")["pixel_values"]
+        inputs = self.processor(
+            images=image, input_data_format="channels_last", return_tensors="pt"
+        )
         with self.precision.autocast(self.device):
             outputs = self.model.clip.vision_model(
-                pixels.to(self.device), output_hidden_states=True, interpolate_pos_encoding=True
+                inputs["pixel_values"].to(self.device),
+                output_hidden_states=True,
+                interpolate_pos_encoding=True,
             )
         return tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
 
@@ -124,11 +128,11 @@ class ClipSeg:
                 "thing in a few words"
             )
         with self.precision.autocast(self.device):
-            features = self.model.clip.get_text_features(
+            outputs = self.model.clip.text_model(
                 encoded["input_ids"].to(self.device),
                 attention_mask=encoded["attention_mask"].to(self.device),
             )
-        embeddings: Tensor = features.pooler_output
+            embeddings: Tensor = self.model.clip.text_projection(outputs.pooler_output)
         return embeddings.view(len(sentences), len(templates), -1).mean(dim=1)
 
     @torch.inference_mode()
@@ -155,15 +159,33 @@ def working_size(size: tuple[int, int], longer: int) -> tuple[int, int]:
 
 
 def _quietly_loaded(kind: Any, folder: Path) -> Any:
-    """`kind.from_pretrained(folder)` in fp32, without transformers' own progress bars."""
+    """`kind.from_pretrained(folder)` in fp32, without transformers' own progress bars and reports.
+
+    Where a weight is missing, transformers puts a random one and goes on; here, ValueError.
+    """
     from transformers.utils import logging
 
     transformers_logging: Any = logging
 
     shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model, about = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
+    wrong = sorted([*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])])
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
+        )
+    return model

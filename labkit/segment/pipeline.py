@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,25 +12,14 @@ from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, pick_device
 from labkit.segment.findings import Answer, FoundObject
 from labkit.segment.ground import ClipSeg
+from labkit.segment.inquiry import Inquiry, opened, pursued
 from labkit.segment.presence import Evidence, gather, reason, score
-from labkit.segment.prompts import Prompt, competing_ground, make_prompts, relative
-from labkit.segment.refine import Candidate, Sam2, choose, cleaned, distinct, enlarged
+from labkit.segment.refine import Candidate, Sam2, enlarged
 from labkit.segment.rle import encode_mask
 from labkit.segment.segmentation import Segmentation
 from labkit.segment.weights import PresencePin, Profile, get_profile
 
 Maps = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Question:
-    """A sentence on its way: its map, the evidence so far, and what SAM-2 is to be told."""
-
-    sentence: str
-    heat: Maps
-    evidence: Evidence
-    prompts: tuple[Prompt, ...] = ()
-    candidates: tuple[Candidate, ...] = ()
 
 
 class TextSegmenter:
@@ -114,21 +102,16 @@ class TextSegmenter:
         """
         evidence = gather(maps)
         here = [assume_present or self._present(one) for one in evidence]
-        questions = [
-            _Question(
-                sentence=sentence,
-                heat=maps[index],
-                evidence=evidence[index],
-                prompts=self._prompts(maps, here, index, len(wanted)) if here[index] else (),
-            )
+        inquiries = [
+            self._opened(sentence, index, maps, evidence, here, len(wanted))
             for index, sentence in enumerate(wanted)
         ]
         answers, objects = [], []
-        for question in self._masked(image, questions):
-            answer = self._answer(question, assume_present=assume_present)
+        for inquiry, heat in zip(pursued(self.sam2, image, inquiries), maps, strict=False):
+            answer = self._answer(inquiry, heat, assume_present=assume_present)
             answers.append(answer)
             if answer.present:
-                drawn = (_object(one, answer, image.shape) for one in question.candidates)
+                drawn = (_object(one, answer, image.shape) for one in inquiry.candidates)
                 objects += [thing for thing in drawn if thing.box[2] > thing.box[0]]
         return Segmentation(
             image=image,
@@ -141,58 +124,44 @@ class TextSegmenter:
     def _present(self, evidence: Evidence) -> bool:
         return score(evidence, self.presence) >= self.presence.cut
 
-    def _prompts(
-        self, maps: Maps, here: Sequence[bool], index: int, wanted: int
-    ) -> tuple[Prompt, ...]:
-        """Prompts in pixels of map `index`, which competes with all that are here too."""
-        rivals = [number for number, present in enumerate(here) if present]
-        competing = competing_ground(maps[rivals], rivals.index(index))
-        unwanted = [relative(maps[number]) for number in rivals if number >= wanted]
-        heat = maps[index]
-        if unwanted:
-            heat = np.where(np.max(unwanted, axis=0) > relative(heat), np.float32(0), heat)
-        return tuple(make_prompts(heat, grid=self.sam2.grid, competing=competing))
+    def _opened(
+        self,
+        sentence: str,
+        index: int,
+        maps: Maps,
+        evidence: Sequence[Evidence],
+        here: Sequence[bool],
+        wanted: int,
+    ) -> Inquiry:
+        """Sentence `index` with prompts, or, if it is not there, with none."""
+        if not here[index]:
+            return Inquiry(sentence=sentence, evidence=evidence[index], heat=maps[index])
+        rivals = [number for number, there in enumerate(here) if there and number != index]
+        unwanted = [number for number in rivals if number >= wanted]
+        return opened(
+            sentence,
+            evidence[index],
+            maps[index],
+            maps[rivals],
+            maps[unwanted],
+            grid=self.sam2.grid,
+        )
 
-    def _masked(self, image: NDArray[np.uint8], questions: Sequence[_Question]) -> list[_Question]:
-        """Each question with its masks; the image is encoded once, or not at all."""
-        prompts = [prompt for question in questions for prompt in question.prompts]
-        if not prompts:
-            return list(questions)
-        features = self.sam2.encode(image)
-        side = self.sam2.side
-        height, width = prompts[0].region.shape
-        scaled = [prompt.scaled(side / width, side / height) for prompt in prompts]
-        chosen = iter(map(choose, prompts, *self.sam2.decode(features, scaled)))
-        return [
-            replace(
-                question,
-                candidates=tuple(
-                    distinct(
-                        [
-                            replace(candidate, logits=cleaned(candidate.logits))
-                            for candidate in islice(chosen, len(question.prompts))
-                        ]
-                    )
-                ),
-            )
-            for question in questions
-        ]
-
-    def _answer(self, question: _Question, *, assume_present: bool) -> Answer:
+    def _answer(self, inquiry: Inquiry, heat: Maps, *, assume_present: bool) -> Answer:
         """Whether the thing is there, now that the masks, if any, can be held against the map."""
-        agreement = max((one.agreement for one in question.candidates), default=0.0)
-        evidence = question.evidence
-        if question.prompts:
+        agreement = max((one.agreement for one in inquiry.candidates), default=0.0)
+        evidence = inquiry.evidence
+        if inquiry.asked:
             evidence = replace(evidence, agreement=agreement)
-        there = bool(question.candidates) and (assume_present or self._present(evidence))
+        there = bool(inquiry.candidates) and (assume_present or self._present(evidence))
         return Answer(
-            prompt=question.sentence,
+            prompt=inquiry.sentence,
             present=there,
             presence=score(evidence, self.presence),
             reason="" if there else reason(evidence, self.presence),
             evidence=evidence,
-            heat=question.heat,
-            prompts=question.prompts,
+            heat=heat,
+            prompts=inquiry.asked,
         )
 
 

@@ -9,7 +9,7 @@ there has the shape of the heat.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ class Evidence:
         return logit, self.contrast, self.rivalry, self.agreement
 
 
+_ORDINARY = Evidence(strength=0.5, contrast=0.45, rivalry=0.0, agreement=0.6)
+
+
 def gather(maps: NDArray[np.float32]) -> list[Evidence]:
     """Evidence from probabilities (S, h, w), one entry for each sentence."""
     flat = maps.reshape(len(maps), -1)
@@ -61,33 +64,31 @@ def gather(maps: NDArray[np.float32]) -> list[Evidence]:
 
 def score(evidence: Evidence, pin: PresencePin) -> float:
     """Presence in [0, 1]: the logistic function of the weighted evidence."""
-    weights = (pin.strength, pin.contrast, pin.rivalry, pin.agreement)
-    terms = zip(weights, evidence.features(), strict=True)
+    terms = zip(_weights(pin), evidence.features(), strict=True)
     total = pin.constant + sum(weight * feature for weight, feature in terms)
     return 1 / (1 + math.exp(-max(-60.0, min(60.0, total))))
 
 
 def reason(evidence: Evidence, pin: PresencePin) -> str:
-    """Why a sentence counts as absent, in words: what would have helped most, had it been ideal."""
-    ideal = {
-        "strength": (
-            replace(evidence, strength=1.0),
-            f"its highest probability is only {evidence.strength:.3f}",
-        ),
-        "contrast": (
-            replace(evidence, contrast=1.0),
-            f"its map hardly stands out from the ground, by {evidence.contrast:.3f}",
-        ),
-        "rivalry": (
-            replace(evidence, rivalry=0.0),
-            f"another sentence explains the same place better, by {evidence.rivalry:.2f}",
-        ),
-        "agreement": (
-            replace(evidence, agreement=1.0),
-            f"no mask there agrees with its map (agreement {evidence.agreement:.2f})",
-        ),
-    }
-    return max(ideal.values(), key=lambda pair: score(pair[0], pin))[1]
+    """Why a sentence counts as absent, in words: the evidence that costs it most.
+
+    A cost is the distance from what is ordinary for a thing that is there. From the ideal, a logit
+    without bound would outweigh all else.
+    """
+    causes = (
+        f"its highest probability is only {evidence.strength:.3f}",
+        f"its map hardly stands out from the ground, by {evidence.contrast:.3f}",
+        f"another sentence explains the same place better, by {evidence.rivalry:.2f}",
+        f"no mask there agrees with its map (agreement {evidence.agreement:.2f})",
+    )
+    terms = zip(_weights(pin), _ORDINARY.features(), evidence.features(), strict=True)
+    costs = [weight * (ordinary - own) for weight, ordinary, own in terms]
+    return causes[costs.index(max(costs))]
+
+
+def _weights(pin: PresencePin) -> tuple[float, float, float, float]:
+    """In the order of `Evidence.features`."""
+    return pin.strength, pin.contrast, pin.rivalry, pin.agreement
 
 
 def _rivalry(flat: NDArray[np.float32], index: int) -> float:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from labkit.memory import OutOfMemoryError, in_parts, is_out_of_memory
-from labkit.runtime import Precision, SourceError, resolve_precision
+from labkit.runtime import Precision, SourceError, resolve_precision, scoped_seed
 from labkit.segment.prompts import Prompt
 from labkit.segment.weights import Sam2Pin
 
@@ -25,13 +25,12 @@ Logits = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
 _PROMPTS_AT_ONCE = 16
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STABILITY_OFFSET = 1.0  # logits, as in Meta's automatic mask generator
 _SAME = 0.7  # IoU from which two masks are one object
 _INSIDE = 0.9  # share of the smaller mask inside the larger from which it is a part of it
-_HOLE, _ISLAND = (
-    0.01,
-    0.1,
-)  # shares of a mask's area below which a hole is filled, an island cleared
+_HOLE = 0.01  # share of a mask's area below which a hole is filled
+_ISLAND = 0.1  # share of the largest piece's area below which another is cleared
 _POST_PROCESSING = {  # what build_sam2 adds to every configuration
     "dynamic_multimask_via_stability": True,
     "dynamic_multimask_stability_delta": 0.05,
@@ -71,11 +70,8 @@ class Sam2:
     """A SAM-2, ready for inference on single images."""
 
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision) -> None:
-        from sam2.utils.transforms import SAM2Transforms
-
         self.model: Any = model.to(device).eval()
         self.device, self.precision = device, precision
-        self._transforms = SAM2Transforms(self.side, mask_threshold=0.0)
 
     @classmethod
     def from_pin(cls, pin: Sam2Pin, device: torch.device) -> Sam2:
@@ -87,7 +83,8 @@ class Sam2:
         from safetensors.torch import load_file
 
         file = pin.file()
-        model = build_sam2(pin)
+        with scoped_seed(0):
+            model = build_sam2(pin)
         try:
             if file.suffix == ".safetensors":
                 weights = load_file(file)
@@ -117,7 +114,7 @@ class Sam2:
             OutOfMemoryError: the device has no room for it.
         """
         try:
-            pixels = self._transforms(image)[None].to(self.device)
+            pixels = self._pixels(image)
             with self.precision.autocast(self.device):
                 *finer, coarse = self.model.forward_image(pixels)["backbone_fpn"]
                 if self.model.directly_add_no_mem_embed:
@@ -131,8 +128,18 @@ class Sam2:
             ) from error
         return ImageFeatures(coarse, tuple(finer))
 
+    def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
+        """The image (1, 3, side, side), squashed and normalised as in training."""
+        pixels = torch.tensor(image).to(self.device).permute(2, 0, 1)[None].float()
+        size = (self.side, self.side)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True) / 255
+        mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (_MEAN, _STD))
+        return (pixels - mean) / std
+
     def decode(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
         """All four masks of SAM-2's decoder for each prompt: the single one, then the three.
+
+        Prompts with as many points are decoded together: one that is filled up gets other masks.
 
         Args:
             features: of the image.
@@ -141,9 +148,16 @@ class Sam2:
         Returns:
             Logits (N, 4, G, G) and predicted IoUs (N, 4).
         """
-        grid = self.grid
-        if not prompts:
-            return np.zeros((0, 4, grid, grid), np.float32), np.zeros((0, 4), np.float32)
+        logits = np.zeros((len(prompts), 4, self.grid, self.grid), np.float32)
+        ious = np.zeros((len(prompts), 4), np.float32)
+        counts = np.array([len(prompt.points) for prompt in prompts])
+        for count in np.unique(counts):
+            rows = np.flatnonzero(counts == count)
+            logits[rows], ious[rows] = self._alike(features, [prompts[row] for row in rows])
+        return logits, ious
+
+    def _alike(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
+        """The same for one prompt or more, with as many points each."""
         parts = in_parts(
             lambda part: self._decoded(features, prompts[part]),
             len(prompts),
@@ -214,8 +228,8 @@ def agreement(mask: Masks, heat: Logits) -> float:
 def cleaned(logits: Logits) -> Logits:
     """Logits (G, G) with small holes filled and small islands cleared, by turning their sign.
 
-    A hole does not touch the border and has less than 1 % of the mask's area; an island has less
-    than 10 % of that of the largest piece.
+    A hole does not touch the border and is a single pixel, or has less than 1 % of the mask's area;
+    an island has less than 10 % of that of the largest piece.
     """
     from scipy import ndimage
 
@@ -258,17 +272,13 @@ def _repeats(a: Masks, b: Masks) -> bool:
 def _as_tensors(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
     """Points (N, 2 + K, 2), labels (N, 2 + K) and mask logits (N, 1, G, G) of N prompts.
 
-    A box is two points with labels 2 and 3; where a prompt has fewer points than another, label -1
-    stands for none.
+    Each has K points; its box is two more, with labels 2 and 3.
     """
-    most = max(len(prompt.points) for prompt in prompts)
-    points = torch.zeros(len(prompts), 2 + most, 2)
-    labels = torch.full((len(prompts), 2 + most), -1, dtype=torch.int32)
-    for row, prompt in enumerate(prompts):
-        count = 2 + len(prompt.points)
-        points[row, :2] = torch.from_numpy(prompt.box.reshape(2, 2))
-        points[row, 2:count] = torch.from_numpy(prompt.points)
-        labels[row, :2] = torch.tensor([2, 3])
-        labels[row, 2:count] = torch.from_numpy(prompt.labels)
-    masks = np.stack([prompt.mask_logits for prompt in prompts])
-    return points, labels, torch.from_numpy(masks)[:, None]
+    points = np.stack([[*prompt.box.reshape(2, 2), *prompt.points] for prompt in prompts])
+    labels = np.stack([[2, 3, *prompt.labels] for prompt in prompts])
+    masks = np.stack([prompt.mask_logits for prompt in prompts])[:, None]
+    return (
+        torch.from_numpy(points).float(),
+        torch.from_numpy(labels).int(),
+        torch.from_numpy(masks),
+    )

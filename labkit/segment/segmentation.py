@@ -26,9 +26,13 @@ class Segmentation(Findings):
         """The image with every mask in a colour of its own."""
         return overlay_figure(self)
 
-    def figure(self) -> Figure:
-        """Every stage, a row for each sentence: heat map, prompts, masks."""
-        return stages_figure(self)
+    def figure(self, *stages: str) -> Figure:
+        """A row for each sentence, with its heat map, prompts and masks; or `stages` of these.
+
+        Raises:
+            InputError: a stage is not heat, prompts or masks.
+        """
+        return stages_figure(self, *stages)
 
     def tables(self) -> dict[str, Table]:
         """Answers and objects, for a report or a notebook."""

@@ -39,7 +39,7 @@ class ClipSegPin:
             _check_local(folder / "model.safetensors", self.digest)
             return folder
         folder = _snapshot(self.source, self.revision)
-        hub_file(self.source, "model.safetensors", revision=self.revision, digest=self.digest)
+        _hub_weights(self.source, "model.safetensors", self.revision, self.digest)
         return folder
 
 
@@ -71,7 +71,7 @@ class Sam2Pin:
         if folder.is_dir():
             _check_local(folder / self.filename, self.digest)
             return folder / self.filename
-        return hub_file(self.source, self.filename, revision=self.revision, digest=self.digest)
+        return _hub_weights(self.source, self.filename, self.revision, self.digest)
 
     def config_file(self) -> Path:
         """The YAML file of the architecture."""
@@ -131,7 +131,7 @@ def _published(size: str, short: str, digest: str, revision: str = "main") -> Sa
     )
 
 
-_REMEDY = "Name another folder or repository, or choose profile='demo', which needs no network."
+_REMEDY = "Check the network and the source, or choose profile='demo', which needs neither."
 _ASSETS = Path(str(files("labkit"))) / "assets"
 
 _FULL = Profile(
@@ -210,6 +210,13 @@ def _check_local(file: Path, digest: str) -> None:
 def _name(source: str, revision: str) -> str:
     folder = Path(source)
     return f"{folder.name} (local)" if folder.is_dir() else f"{source} at {revision[:12]}"
+
+
+def _hub_weights(repo: str, filename: str, revision: str, digest: str) -> Path:
+    try:
+        return hub_file(repo, filename, revision=revision, digest=digest)
+    except SourceError as error:
+        raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
 
 
 def _snapshot(repo: str, revision: str) -> Path:

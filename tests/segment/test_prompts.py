@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,58 +10,9 @@ from scipy import ndimage
 
 from labkit.runtime import InputError
 from labkit.segment import prompts
+from labkit.segment.instances import find_instances, relative
 from labkit.segment.prompts import Prompt
-
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-SIDE = 96
-
-
-def plane(height: int = SIDE, width: int = SIDE) -> tuple[Floats, Floats]:
-    """Pixel indices x and y, each (H, W)."""
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    return x, y
-
-
-def disc(x0: float, y0: float, radius: float, side: int = SIDE) -> Mask:
-    x, y = plane(side, side)
-    return np.hypot(x - x0, y - y0) <= radius
-
-
-def soft(mask: Mask, sigma: float = 2.0) -> Floats:
-    return np.asarray(ndimage.gaussian_filter(mask.astype(np.float64), sigma))
-
-
-def star() -> Mask:
-    x, y = plane()
-    angle, distance = np.arctan2(y - 48, x - 48), np.hypot(x - 48, y - 48)
-    return distance < 24 * (1 + 0.6 * np.cos(5 * angle))
-
-
-def tilted(width: float, height: float) -> tuple[Floats, Floats]:
-    x, y = plane()
-    along = (x - 48) * np.cos(0.5) + (y - 48) * np.sin(0.5)
-    across = (y - 48) * np.cos(0.5) - (x - 48) * np.sin(0.5)
-    return along / width, across / height
-
-
-WHOLE: dict[str, Callable[[], Mask]] = {
-    "disc": lambda: disc(40, 50, 20),
-    "disc cut by the edge": lambda: disc(0, 50, 20),
-    "long ellipse": lambda: np.hypot(*tilted(42, 9)) <= 1,
-    "thick ring": lambda: disc(48, 48, 40) & ~disc(48, 48, 26),
-    "thin ring": lambda: disc(48, 48, 40) & ~disc(48, 48, 36),
-    "bar": lambda: np.maximum(*np.abs(tilted(40, 4))) <= 1,
-    "frame": lambda: np.abs(np.maximum(*np.abs(tilted(30, 30))) - 1) < 0.2,
-    "star": star,
-    "everything": lambda: np.ones((SIDE, SIDE), dtype=bool),
-}
-TWO = {
-    "apart": disc(25, 30, 14) | disc(70, 65, 18),
-    "touching": disc(25, 48, 18) | disc(61, 48, 18),
-    "touching, unequal": disc(30, 48, 22) | disc(64, 48, 13),
-    "at a corner": disc(30, 30, 15) | disc(51, 51, 15),
-}
+from tests.segment.heatmaps import SIDE, TWO, WHOLE, Floats, Mask, disc, plane, soft
 
 
 @pytest.fixture
@@ -88,26 +38,9 @@ def inside(points: NDArray[np.int64], mask: Mask) -> bool:
     return bool(mask[points[:, 1], points[:, 0]].all())
 
 
-def test_relative_heat_has_peak_one_and_zeros_stay() -> None:
-    shares = prompts.relative([[0.0, 0.0065], [0.013, 0.00325]])
-    assert shares.dtype == np.float32
-    assert shares.tolist() == [[0.0, 0.5], [1.0, 0.25]]
-    assert not prompts.relative(np.zeros((2, 3))).any()
-    assert np.array_equal(prompts.relative(shares), shares)
-
-
-@pytest.mark.parametrize(
-    "heat", [[[np.nan, 1.0]], [[np.inf, 1.0]], [[-0.1, 1.0]], [1.0, 0.5], np.zeros((0, 4))]
-)
-def test_unusable_heat_is_refused(heat: object) -> None:
-    for call in (prompts.relative, prompts.find_instances):
-        with pytest.raises(InputError, match="heat must be"):
-            call(heat)  # type: ignore[operator]
-
-
 def test_zero_map_gives_nothing() -> None:
     zeros, nowhere = np.zeros((9, 9)), np.zeros((9, 9), dtype=bool)
-    assert prompts.find_instances(zeros) == prompts.make_prompts(zeros, grid=8) == []
+    assert prompts.make_prompts(zeros, grid=8) == []
     assert prompts.positive_points(~nowhere, zeros).shape == (0, 2)
     assert prompts.positive_points(nowhere, zeros + 1).shape == (0, 2)
     assert prompts.negative_points(nowhere, zeros + 1).shape == (0, 2)
@@ -119,73 +52,6 @@ def test_smallest_maps_work(shape: tuple[int, int]) -> None:
     assert prompt.region.all() and (prompt.mask_logits == 10).all()
     assert prompt.box.tolist() == [0, 0, shape[1], shape[0]]
     assert prompt.labels.tolist() == [1] * min(3, shape[0] * shape[1])
-
-
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("sigma", [0.0, 2.0])
-def test_one_object_is_never_taken_apart(name: str, sigma: float) -> None:
-    (found,) = prompts.find_instances(soft(WHOLE[name](), sigma))
-    assert not (found.region & ~found.zone).any()
-
-
-@pytest.mark.parametrize("name", TWO)
-@pytest.mark.parametrize("sigma", [0.0, 2.0])
-def test_two_discs_are_two_touching_or_not(name: str, sigma: float) -> None:
-    heat = soft(TWO[name], sigma)
-    first, second = prompts.find_instances(heat)
-    assert first.strength >= second.strength
-    assert not (first.zone & second.zone).any()
-    if sigma == 0:
-        assert np.array_equal(first.region | second.region, TWO[name])
-
-
-def test_valley_of_heat_takes_apart_what_has_no_waist() -> None:
-    heat = np.zeros((40, 80))
-    heat[10:30, 10:70] = 1
-    heat[10:30, 38:42] = 0.6
-    assert len(prompts.find_instances(heat)) == 2
-    assert len(prompts.find_instances(heat, saddle=0.4)) == 1
-
-
-def test_regions_are_scipys_components_where_nothing_touches() -> None:
-    heat = soft(np.random.default_rng(3).random((SIDE, SIDE)) > 0.5, 5)
-    heat = np.maximum(heat - heat.mean(), 0)
-    heat = (heat > 0.5 * heat.max()) * heat.max()  # flat: every peak is that of the map
-    labels, count = ndimage.label(heat > 0, np.ones((3, 3)))
-    found = prompts.find_instances(heat, min_area=0, saddle=0.01)
-    assert len(found) == count > 3
-    for one in found:
-        number = labels[one.peak_xy[::-1]]
-        assert np.array_equal(one.region, labels == number)
-    sizes = ndimage.sum_labels(heat > 0, labels, range(1, count + 1))
-    assert [one.strength for one in found] == sorted(sizes, reverse=True)
-
-
-def test_each_object_is_outlined_at_half_its_own_peak() -> None:
-    x, y = plane(40, 120)
-    bright, faint = (np.exp(-((x - x0) ** 2 + (y - 20) ** 2) / 128) for x0 in (30, 90))
-    first, second = prompts.find_instances(np.maximum(bright, 0.6 * faint))
-    assert np.array_equal(first.region, bright >= 0.5)
-    assert abs(int(second.region.sum()) - int(first.region.sum())) <= 4
-    assert (first.peak_xy, second.peak_xy) == ((30, 20), (90, 20))
-    assert len(prompts.find_instances(np.maximum(bright, 0.4 * faint))) == 1
-
-
-def test_specks_are_dropped_and_the_strongest_kept() -> None:
-    heat = disc(50, 50, 20).astype(np.float64) + disc(15, 15, 6)
-    heat[3, 90] = 1
-    assert len(prompts.find_instances(heat)) == 2
-    assert len(prompts.find_instances(heat, min_area=0)) == 3
-    (kept,) = prompts.find_instances(heat, max_instances=1)
-    assert np.array_equal(kept.region, disc(50, 50, 20))
-
-
-def test_equal_objects_come_in_reading_order() -> None:
-    heat = np.zeros((30, 30))
-    corners = [(2, 2), (20, 2), (2, 20), (20, 20)]
-    for x, y in corners:
-        heat[y : y + 5, x : x + 5] = 0.2
-    assert [one.peak_xy for one in prompts.find_instances(heat)] == corners
 
 
 @pytest.mark.parametrize("factor", [2.0**-9, 2.0**-1, 2.0**5, 0.013, 1 / 3, 0.77])
@@ -209,7 +75,7 @@ def test_scaled_single_precision_map_gives_the_same_points(busy: Floats, factor:
 @pytest.mark.parametrize("name", [*WHOLE, *TWO])
 def test_foreground_points_lie_deep_inside_and_apart(name: str) -> None:
     mask = TWO[name] if name in TWO else WHOLE[name]()
-    for one in prompts.find_instances(soft(mask)):
+    for one in find_instances(soft(mask)):
         points = prompts.positive_points(one.region, soft(mask), count=4)
         depth = ndimage.distance_transform_edt(np.pad(one.region, 1))[1:-1, 1:-1]
         assert points.shape == (4, 2) and len(np.unique(points, axis=0)) == 4
@@ -271,7 +137,7 @@ def test_left_half_of_the_map_is_the_left_half_of_the_logits(shape: tuple[int, i
 
 
 def test_mask_logits_resize_as_torch_does(busy: Floats) -> None:
-    shares = torch.from_numpy(prompts.relative(busy))[None, None]
+    shares = torch.from_numpy(relative(busy))[None, None]
     everywhere = np.ones(busy.shape, dtype=bool)
     for size in ((32, 32), (256, 256)):
         expected = torch.nn.functional.interpolate(shares, size, mode="bilinear", antialias=True)
@@ -329,11 +195,10 @@ def test_scaling_a_prompt_keeps_pixel_centres_and_edges_and_can_be_undone(busy: 
 
 def test_arguments_that_make_no_sense_are_named() -> None:
     heat, region = np.ones((4, 4)), np.ones((4, 4), dtype=bool)
-    for name in ("threshold", "saddle"):
-        with pytest.raises(InputError, match=f"{name} must lie"):
-            prompts.find_instances(heat, **{name: 1.0})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="max_instances"):
-        prompts.find_instances(heat, max_instances=0)
+    with pytest.raises(InputError, match="threshold must lie"):
+        prompts.mask_logits(heat, region, 4, threshold=1.0)
+    with pytest.raises(InputError, match="threshold must lie"):
+        prompts.make_prompts(heat, grid=4, threshold=0.0)
     with pytest.raises(InputError, match="grid"):
         prompts.make_prompts(heat, grid=0)
     with pytest.raises(InputError, match="competing must be like heat"):

@@ -1,0 +1,313 @@
+"""The full profile from a loopback hub: the published sizes and file layouts, random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.standins import SENTENCES
+from labkit.files import checksum, has_digest
+from labkit.images import load_image
+from labkit.runtime import SourceError
+from labkit.segment.pipeline import TextSegmenter
+from labkit.segment.weights import ClipSegPin, Profile, Sam2Pin, get_profile
+from tests.conftest import hub_at
+from tests.loopback import Fault, LoopbackHub, LoopbackServer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.data,
+    # The published repository has no tokenizer.json, and transformers reads what it has in old ways.
+    pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
+    # pycocotools 2.0.10 and NumPy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+PATIENCE = 30.0  # seconds; on a busy machine half a gigabyte can falter for longer than usual
+CLIPSEG, SAM2 = "CIDAS/clipseg-rd64-refined", "facebook/sam2.1-hiera-tiny"
+REMEDIES = r"(?s)Name another folder or repository.*profile='demo'"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hosts() -> Iterator[list[str]]:
+    """The hosts that anything asked for, as long as this module runs."""
+    asked: list[str] = []
+    look_up = socket.getaddrinfo
+
+    def recorded(host: str, *rest: Any, **options: Any) -> Any:
+        asked.append(host)
+        return look_up(host, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", recorded)
+        yield asked
+
+
+@pytest.fixture(autouse=True)
+def only_this_machine(hosts: list[str]) -> Iterator[None]:
+    """No test, nor what it builds on, asks for another host."""
+    yield
+    assert set(hosts) == {"127.0.0.1"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LoopbackServer]:
+    with LoopbackServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def profile(server: LoopbackServer, full_size: Path) -> Profile:
+    """The full profile with the digests of the twins, which the server offers as the hub does."""
+    full, hub = get_profile("full"), LoopbackHub(server)
+    tiny = full.sam2_pin("tiny")
+    return dataclasses.replace(
+        full,
+        clipseg=dataclasses.replace(
+            full.clipseg, digest=offered(hub, full.clipseg, full_size / "clipseg")
+        ),
+        sam2={"tiny": dataclasses.replace(tiny, digest=offered(hub, tiny, full_size / "sam2"))},
+        default_sam2="tiny",
+    )
+
+
+def offered(hub: LoopbackHub, pin: ClipSegPin | Sam2Pin, folder: Path) -> str:
+    """The digest of the largest file, after all of `folder` were put on the hub."""
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_size)
+    for path in files:
+        with path.open("rb") as file:
+            body = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        served = hub.add(pin.source, path.name, body, revision=pin.revision)
+    return "sha256:" + hub.server.files[served].headers["ETag"].strip('"')
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The hub's cache on this machine."""
+    folder = tmp_path_factory.mktemp("hub-cache")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def segmenter(server: LoopbackServer, profile: Profile, cache: Path) -> TextSegmenter:
+    """The one that downloaded the weights."""
+    with hub_at(server, cache, PATIENCE):
+        return TextSegmenter.from_profile(profile, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo(real_data: Path) -> NDArray[np.uint8]:
+    return load_image(real_data / "images" / "zidane.jpg")
+
+
+@pytest.fixture
+def gone() -> LoopbackServer:
+    """A server that refuses every connection."""
+    with LoopbackServer() as server:
+        pass
+    return server
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Path]:
+    """A cache with nothing in it."""
+    yield tmp_path / "empty"
+    shutil.rmtree(tmp_path / "empty", ignore_errors=True)
+
+
+def weights(pin: ClipSegPin | Sam2Pin) -> Path:
+    """The file with the weights, downloaded and checked if need be."""
+    return pin.folder() / "model.safetensors" if isinstance(pin, ClipSegPin) else pin.file()
+
+
+def pins(profile: Profile) -> dict[str, ClipSegPin | Sam2Pin]:
+    return {"clipseg": profile.clipseg, "sam2": profile.sam2_pin("tiny")}
+
+
+def altered(path: Path) -> None:
+    """Give `path` another byte in its middle, but not to who has the old file in memory."""
+    copy = path.with_name("altered")
+    shutil.copyfile(path, copy)
+    with copy.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.replace(copy, path)
+
+
+@contextlib.contextmanager
+def calls_of(module: torch.nn.Module) -> Iterator[list[None]]:
+    """An entry for each forward pass of `module`."""
+    calls: list[None] = []
+    hook = module.register_forward_hook(lambda *_: calls.append(None))
+    yield calls
+    hook.remove()
+
+
+def test_twins_have_the_published_sizes_and_small_files(full_size: Path) -> None:
+    published = {
+        "config.json": "c023375966d31b3b1392764f7bd91df47098ce19f62f11b0263d8eedcf708bcd",
+        "preprocessor_config.json": (
+            "4fb09ebcfd7651205ca8299b993c30088e5535ef350a72d46c5c4580eeac0440"
+        ),
+        "special_tokens_map.json": (
+            "c4864a9376a8401918425bed71fc14fc0e81f9b59ec45c1cf96cccb2df508eac"
+        ),
+        "tokenizer_config.json": "4c75d57fd9bd0be8478ad2d6f8b9cebdd4a45338eb108547329c2b6333476ca6",
+    }
+    assert {name: checksum(full_size / "clipseg" / name) for name in published} == published
+    assert (full_size / "clipseg" / "model.safetensors").stat().st_size == 603_049_496
+    sam2 = (full_size / "sam2" / "sam2.1_hiera_tiny.pt").stat().st_size
+    assert sam2 == pytest.approx(156_008_466, rel=1e-4)
+
+
+def test_weights_are_downloaded_once_and_a_photograph_segmented_at_its_own_size(
+    segmenter: TextSegmenter, server: LoopbackServer, photo: NDArray[np.uint8]
+) -> None:
+    found = segmenter(photo, ["football player"], assume_present=True)
+    assert found.masks.shape[1:] == (720, 1280)
+    assert len(found.answers[0].prompts) >= len(found.objects) >= 1
+    assert found.models == {
+        "CLIPSeg": "CIDAS/clipseg-rd64-refined at 999e0328d9e1",
+        "SAM-2": "facebook/sam2.1-hiera-tiny at main",
+    }
+    assert found.note == ""
+    large = [r.path for r in server.seen() if r.path.endswith(("model.safetensors", ".pt"))]
+    assert len(large) == len(set(large)) == 2
+
+
+def test_presence_is_decided_in_a_photograph(
+    segmenter: TextSegmenter, photo: NDArray[np.uint8]
+) -> None:
+    found = segmenter(photo, ["football player"])
+    assert 0 <= found.answers[0].presence <= 1
+    assert found.answers[0].present == bool(found.objects)
+
+
+def test_cache_is_enough_when_the_network_is_gone(
+    segmenter: TextSegmenter,
+    gone: LoopbackServer,
+    profile: Profile,
+    cache: Path,
+    photo: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with hub_at(gone, cache):
+        alone = TextSegmenter.from_profile(profile, device="cpu")
+    square = photo[:, :720]
+    got, want = (one.clipseg.heat_maps(square, SENTENCES[:1]) for one in (alone, segmenter))
+    np.testing.assert_array_equal(got, want)
+    found = alone(photo, ["football player"], assume_present=True)
+    assert found.masks.shape[1:] == (720, 1280)
+
+
+@pytest.mark.parametrize("name", ["clipseg", "sam2"])
+def test_weights_altered_in_the_cache_are_refused_removed_and_fetched_anew(
+    name: str, segmenter: TextSegmenter, server: LoopbackServer, profile: Profile, cache: Path
+) -> None:
+    pin = pins(profile)[name]
+    with hub_at(server, cache, PATIENCE):
+        file = weights(pin)
+        altered(file.resolve())
+        with pytest.raises(SourceError, match=r"(?s)wrong checksum.*run again to download"):
+            TextSegmenter.from_profile(profile, device="cpu")
+        assert not file.exists() and not file.is_symlink()
+        assert has_digest(weights(pin), pin.digest)
+
+
+def test_weights_altered_on_the_way_are_refused_removed_and_fetched_anew(
+    server: LoopbackServer, profile: Profile, empty: Path
+) -> None:
+    pin = profile.sam2_pin("tiny")
+    server.fail(f"/{SAM2}/resolve/main/{pin.filename}", Fault.WRONG_BYTES)
+    with hub_at(server, empty, PATIENCE):
+        with pytest.raises(SourceError, match=r"(?s)wrong checksum.*run again to download"):
+            pin.file()
+        assert not [path for path in empty.rglob("*") if path.name == pin.filename]
+        assert has_digest(pin.file(), pin.digest)
+
+
+@pytest.mark.parametrize("name", ["clipseg", "sam2"])
+def test_network_that_is_gone_names_both_remedies_when_nothing_is_cached(
+    name: str, gone: LoopbackServer, profile: Profile, empty: Path
+) -> None:
+    with hub_at(gone, empty), pytest.raises(SourceError, match=REMEDIES) as caught:
+        weights(pins(profile)[name])
+    assert pins(profile)[name].source in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["clipseg", "sam2"])
+def test_hub_that_is_down_names_both_remedies_when_nothing_is_cached(
+    name: str,
+    loopback: LoopbackServer,
+    profile: Profile,
+    empty: Path,
+    no_waiting: list[float],
+) -> None:
+    down(loopback, profile)
+    with hub_at(loopback, empty), pytest.raises(SourceError, match=REMEDIES) as caught:
+        weights(pins(profile)[name])
+    assert "503" in str(caught.value)
+
+
+def test_cache_is_enough_when_the_hub_is_down(
+    segmenter: TextSegmenter,
+    loopback: LoopbackServer,
+    profile: Profile,
+    cache: Path,
+    no_waiting: list[float],
+) -> None:
+    down(loopback, profile)
+    with hub_at(loopback, cache):
+        for pin in pins(profile).values():
+            assert has_digest(weights(pin), pin.digest)
+
+
+def down(server: LoopbackServer, profile: Profile) -> None:
+    """Let `server` answer 503 to whatever is asked about the repositories."""
+    pin, busy = profile.clipseg, [Fault.UNAVAILABLE] * 100
+    server.fail(f"/api/models/{CLIPSEG}/revision/{pin.revision}", *busy)
+    server.fail(f"/{CLIPSEG}/resolve/{pin.revision}/model.safetensors", *busy, method="HEAD")
+    file = profile.sam2_pin("tiny").filename
+    server.fail(f"/{SAM2}/resolve/main/{file}", *busy, method="HEAD")
+
+
+def test_maps_equal_a_forward_pass_for_each_sentence(
+    segmenter: TextSegmenter, photo: NDArray[np.uint8]
+) -> None:
+    square = np.ascontiguousarray(photo[:, 280:1000])
+    maps = segmenter.clipseg.heat_maps(square, SENTENCES[:2], segmenter.templates)
+    model, processor = segmenter.clipseg.model, segmenter.clipseg.processor
+    (template,) = segmenter.templates
+    for sentence, heat in zip(SENTENCES, maps, strict=False):
+        text = [template.format(sentence)]
+        inputs = processor(text=text, images=Image.fromarray(square), return_tensors="pt")
+        with torch.inference_mode():
+            (reference,) = model(**inputs).logits.sigmoid()
+        np.testing.assert_allclose(heat, reference, atol=1e-4)
+    assert np.abs(maps[0] - maps[1]).max() > 1e-3
+
+
+def test_image_is_encoded_once_for_several_sentences(
+    segmenter: TextSegmenter, photo: NDArray[np.uint8]
+) -> None:
+    seen, encoded = segmenter.clipseg.model.clip.vision_model, segmenter.sam2.model.image_encoder
+    with calls_of(seen) as by_clipseg, calls_of(encoded) as by_sam2:
+        found = segmenter(photo, SENTENCES[:3], ["referee"], assume_present=True)
+    assert all(answer.prompts for answer in found.answers)
+    assert len(by_clipseg) == len(by_sam2) == 1

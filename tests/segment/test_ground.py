@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms.functional import resize
+
+from labkit.memory import OutOfMemoryError
+from labkit.runtime import InputError, SourceError
+from labkit.segment import ground
+from labkit.segment.ground import ClipSeg, working_size
+from labkit.segment.weights import ClipSegPin, Profile
+from tests.segment.conftest import CPU, SIDE, CallsOf, noise
+
+SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
+
+
+def one_forward_each(
+    clipseg: ClipSeg, image: NDArray[np.uint8], sentences: list[str]
+) -> torch.Tensor:
+    """Maps (S, side, side) of transformers' own forward pass, one for each sentence."""
+    from PIL import Image
+
+    maps = []
+    for sentence in sentences:
+        inputs = clipseg.processor(
+            text=[sentence], images=[Image.fromarray(image)], return_tensors="pt"
+        )
+        with torch.no_grad():
+            maps.append(clipseg.model(**inputs).logits.sigmoid())
+    return torch.cat(maps)
+
+
+def test_encoding_once_equals_one_forward_for_each_sentence(clipseg: ClipSeg) -> None:
+    image = noise(SIDE, SIDE)
+    maps = clipseg.heat_maps(image, SENTENCES)
+    expected = one_forward_each(clipseg, image, SENTENCES).numpy()
+    assert maps.dtype == np.float32 and maps.shape == (4, SIDE, SIDE)
+    assert np.abs(maps - expected).max() <= 1e-4
+    apart = np.abs(expected[:, None] - expected[None]).max(axis=(2, 3))
+    assert apart[~np.eye(4, dtype=bool)].min() > 0.05  # else the comparison proves nothing
+
+
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30), (200, 150)])
+def test_encoding_once_equals_one_forward_in_other_proportions(
+    clipseg: ClipSeg, shape: tuple[int, int]
+) -> None:
+    image = noise(*shape)
+    maps = clipseg.heat_maps(image, SENTENCES)
+    square = one_forward_each(clipseg, image, SENTENCES)
+    expected = resize(square, list(maps.shape[1:]), antialias=True).numpy()
+    assert np.abs(maps - expected).max() <= 1e-4
+
+
+def test_one_forward_of_all_sentences_gives_the_same(clipseg: ClipSeg) -> None:
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    inputs = clipseg.processor(text=SENTENCES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        together = clipseg.model(pixel_values=pixels.repeat(4, 1, 1, 1), **inputs).logits
+        towers = clipseg.model.clip.vision_model(pixels, output_hidden_states=True).hidden_states
+        layers = tuple(towers[index + 1] for index in clipseg.model.extract_layers)
+        maps = clipseg._decoded(layers, clipseg._conditions(SENTENCES, ["{}"]), (SIDE, SIDE))
+    assert np.abs(maps - together.sigmoid().numpy()).max() <= 1e-4
+
+
+def test_image_is_encoded_once_for_many_sentences(
+    clipseg: ClipSeg, calls_of: CallsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ground, "_SENTENCES_AT_ONCE", 3)
+    vision, text, decoder = (
+        calls_of(module)
+        for module in (
+            clipseg.model.clip.vision_model,
+            clipseg.model.clip.text_model,
+            clipseg.model.decoder,
+        )
+    )
+    clipseg.heat_maps(noise(20, 30), [f"thing {letter}" for letter in "abcdefghij"])
+    assert (len(vision), len(text), len(decoder)) == (1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (48, 64)),
+        ((640, 480), (64, 48)),
+        ((64, 64), (64, 64)),
+        ((1, 1), (64, 64)),
+        ((1, 1000), (1, 64)),
+        ((1000, 1), (64, 1)),
+    ],
+)
+def test_maps_keep_the_proportions_of_the_image(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert working_size(size, 64) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 40), (40, 3), (5, 300)])
+def test_strange_shapes_of_images_work_in_silence(
+    clipseg: ClipSeg, shape: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    maps = clipseg.heat_maps(noise(*shape), ["red circle"])
+    assert maps.shape == (1, *working_size(shape, SIDE))
+    assert (maps >= 0).all() and (maps <= 1).all()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_embeddings_are_averaged_over_templates(clipseg: ClipSeg) -> None:
+    image, templates = noise(SIDE, SIDE), ["{}", "a {}", "the {} there"]
+    maps = clipseg.heat_maps(image, ["cat", "dog"], templates)
+    for index, thing in enumerate(["cat", "dog"]):
+        texts = [template.format(thing) for template in templates]
+        inputs = clipseg.processor(text=texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            mean = clipseg.model.get_conditional_embeddings(3, **inputs).mean(0, keepdim=True)
+            pixels = clipseg.processor(images=image, return_tensors="pt")["pixel_values"]
+            logits = clipseg.model(pixel_values=pixels, conditional_embeddings=mean).logits
+        assert np.abs(maps[index] - logits[0].sigmoid().numpy()).max() <= 1e-4
+
+
+def test_braces_in_a_sentence_are_text(clipseg: ClipSeg) -> None:
+    maps = clipseg.heat_maps(noise(9, 9), ["{} {x}", "x"], ["a {}"])
+    assert len(maps) == 2
+
+
+def test_order_and_company_of_sentences_change_nothing(
+    clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise(40, 50)
+    maps = clipseg.heat_maps(image, SENTENCES)
+    monkeypatch.setattr(ground, "_SENTENCES_AT_ONCE", 2)
+    assert np.abs(clipseg.heat_maps(image, SENTENCES) - maps).max() <= 1e-5
+    assert np.abs(clipseg.heat_maps(image, SENTENCES[::-1])[::-1] - maps).max() <= 1e-5
+    assert np.abs(clipseg.heat_maps(image, SENTENCES[1:2]) - maps[1]).max() <= 1e-5
+
+
+def test_sentences_that_do_not_fit_into_memory_are_decoded_in_smaller_parts(
+    clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, whole = noise(20, 20), clipseg._decoded
+    maps = clipseg.heat_maps(image, SENTENCES)
+
+    def cramped(layers: Any, conditions: torch.Tensor, size: Any) -> NDArray[np.float32]:
+        if len(conditions) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(layers, conditions, size)
+
+    monkeypatch.setattr(clipseg, "_decoded", cramped)
+    room = 1
+    assert np.abs(clipseg.heat_maps(image, SENTENCES) - maps).max() <= 1e-5
+    room = 0
+    with pytest.raises(OutOfMemoryError, match="sentences"):
+        clipseg.heat_maps(image, SENTENCES)
+
+
+def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
+    image = noise(9, 9)
+    with pytest.raises(InputError, match="got none"):
+        clipseg.heat_maps(image, [])
+    with pytest.raises(InputError, match="24 tokens, got 'cat cat"):
+        clipseg.heat_maps(image, ["dog", "cat " * 20])
+    with pytest.raises(InputError, match="24 tokens"):
+        clipseg.heat_maps(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
+    assert clipseg.heat_maps(image, ["abcdefghijklmnopqr"]).shape == (1, SIDE, SIDE)
+
+
+def test_weights_are_fp32_and_for_inference(clipseg: ClipSeg) -> None:
+    assert {parameter.dtype for parameter in clipseg.model.parameters()} == {torch.float32}
+    assert not clipseg.model.training
+    assert clipseg.side == SIDE and clipseg.precision.name == "fp32"
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_loading_and_inference_leave_global_state_as_found(
+    tiny_profile: Profile, bars: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    def state() -> list[Any]:
+        return [
+            logging.is_progress_bar_enabled(),
+            logging.get_verbosity(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            str(np.random.get_state()),
+        ]
+
+    enabled = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    try:
+        before = state()
+        clipseg = ClipSeg.from_pin(tiny_profile.clipseg, CPU)
+        clipseg.heat_maps(noise(9, 9), ["cat"])
+        assert state() == before
+    finally:
+        (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    assert capfd.readouterr() == ("", "")
+
+
+def edit_config(**changes: Any) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            config[key] = config[key] | value if isinstance(value, dict) else value
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (cut, "damaged"),
+    "no weights in it": (lambda f: (f / "model.safetensors").write_bytes(b"?" * 99), "damaged"),
+    "weights gone": (lambda f: (f / "model.safetensors").unlink(), "there is no"),
+    "configuration gone": (lambda f: (f / "config.json").unlink(), "weights are missing"),
+    "configuration cut": (lambda f: (f / "config.json").write_text("{"), "as a CLIPSeg"),
+    "another model": (
+        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+        "weights are missing",
+    ),
+    "another width": (edit_config(reduce_dim=32), "another shape"),
+    "one layer more": (edit_config(vision_config={"num_hidden_layers": 5}), "missing"),
+    "tokenizer gone": (
+        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+        "tokenizer has 2 tokens",
+    ),
+    "processor gone": (lambda f: (f / "processor_config.json").unlink(), "as a CLIPSeg"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_files_of_no_whole_clipseg_are_refused_in_one_line(
+    tiny_profile: Profile, tmp_path: Path, name: str
+) -> None:
+    damage, message = DAMAGE[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_profile.clipseg.source, folder)
+    damage(folder)
+    with pytest.raises(SourceError, match=message) as info:
+        ClipSeg.from_pin(ClipSegPin(source=str(folder)), CPU)
+    assert "\n" not in str(info.value) and str(folder) in str(info.value)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere") as info:
+        ClipSeg.from_pin(ClipSegPin(source=str(tmp_path / "nowhere")), CPU)
+    assert "\n" not in str(info.value)
+
+
+def test_weights_with_another_digest_are_refused(tiny_profile: Profile) -> None:
+    pin = ClipSegPin(source=tiny_profile.clipseg.source, digest="sha256:" + "0" * 64)
+    with pytest.raises(SourceError, match="wrong checksum"):
+        ClipSeg.from_pin(pin, CPU)
