@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.runtime import InputError, LabkitError, SourceError
+from labkit.runtime import InputError, LabkitError, SourceError, one_line
 from labkit.web import fetch
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes the MPO of telephones
 ORIENTATION = 0x0112  # EXIF
 
@@ -99,14 +100,7 @@ def describe(source: ImageSource) -> str:
         name = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", name)[0])
     else:
         name = os.path.basename(os.path.normpath(name))
-    return _line(name)
-
-
-def _line(value: object) -> str:
-    """`value` as one short, printable line; the name of the type where it says nothing."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
-    text = " ".join(text.split()) or type(value).__name__
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return one_line(name)
 
 
 def _is_url(text: str) -> bool:
@@ -177,7 +171,7 @@ def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray
         raise InputError(f"{label} has too many pixels: {error} Make it smaller.") from error
     except Exception as error:  # the decoders' errors have no common base
         raise InputError(
-            f"{label} is damaged or cut short ({_line(error)}); save or download it again"
+            f"{label} is damaged or cut short ({one_line(error)}); save or download it again"
         ) from error
 
 

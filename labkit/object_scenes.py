@@ -26,59 +26,24 @@ from labkit.drawing import (
     uniform,
 )
 from labkit.runtime import InputError
+from labkit.scene_words import (
+    SCENE_COLOURS,
+    SCENE_PATTERNS,
+    SCENE_SENTENCES,
+    SCENE_SHAPES,
+    SceneObject,
+    one_word_apart,
+)
 
-SCENE_SHAPES = ("circle", "square", "triangle", "star")
-SCENE_PATTERNS = ("plain", "striped", "dotted")
-SCENE_COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.85, 0.13, 0.13),
-    "yellow": (0.93, 0.82, 0.12),
-    "green": (0.13, 0.62, 0.20),
-    "blue": (0.15, 0.30, 0.88),
-    "purple": (0.62, 0.20, 0.75),
-    "white": (0.94, 0.94, 0.94),
-}
 TRAINING_SEED, CALIBRATION_SEED, EVALUATION_SEED = 1, 2, 3
 """Scenes of one seed serve one purpose: what is evaluated on was never trained or tuned on."""
 
 _MOST_OBJECTS = 5
 _LEAST_VISIBLE = 0.65
 _TRIES = 12
-_REACH = 1.15  # radii: no shape reaches farther from its centre
 
 
-@dataclass(frozen=True)
-class SceneObject:
-    """What an object looks like, in the words that sentences use."""
-
-    shape: str
-    colour: str
-    pattern: str
-
-    @property
-    def sentences(self) -> tuple[str, ...]:
-        """The four sentences that name the object, from the least to the most specific."""
-        return (
-            self.shape,
-            f"{self.colour} {self.shape}",
-            f"{self.pattern} {self.shape}",
-            f"{self.colour} {self.pattern} {self.shape}",
-        )
-
-
-SCENE_SENTENCES: tuple[str, ...] = tuple(
-    sorted(
-        {
-            sentence
-            for shape in SCENE_SHAPES
-            for colour in SCENE_COLOURS
-            for pattern in SCENE_PATTERNS
-            for sentence in SceneObject(shape, colour, pattern).sentences
-        }
-    )
-)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A picture with its truth.
 
@@ -112,7 +77,7 @@ class Scene:
         Half of the absent ones, rounded up, miss an object of the picture by one word; the others
         are any. Fewer are given where there are not as many.
         """
-        near = {s for s in self.absent for p in self.present if _one_word_apart(s, p)}
+        near = {s for s in self.absent for p in self.present if one_word_apart(s, p)}
         half = (absent + 1) // 2
         close = _drawn(seed, "near", tuple(sorted(near)), half)
         rest = tuple(s for s in self.absent if s not in close)
@@ -123,7 +88,7 @@ class Scene:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """A scene that moves.
 
@@ -195,11 +160,6 @@ def _scene_key(number: int, seed: int, side: int) -> Keys:
     if side < 64:
         raise InputError(f"side must be at least 64 pixels, got {side}")
     return keys_of(seed, "scene", np.array([number], dtype=np.uint64))
-
-
-def _one_word_apart(first: str, second: str) -> bool:
-    a, b = first.split(), second.split()
-    return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1
 
 
 def _drawn(seed: int, stream: str, choices: tuple[str, ...], count: int) -> tuple[str, ...]:

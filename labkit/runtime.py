@@ -230,6 +230,13 @@ def gpu_advice(device: torch.device, work: str = "training") -> str:
     )
 
 
+def one_line(value: object) -> str:
+    """`value` as one short, printable line; the name of its type where it says nothing."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    text = " ".join(text.split()) or type(value).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 def shows_progress() -> bool:
     """Whether somebody can see a progress bar: in a notebook or a terminal, not in a log file."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()

@@ -59,6 +59,7 @@ ORDER = [
     "labkit.images",
     "labkit.drawing",
     "labkit.scenes",
+    "labkit.scene_words",
     "labkit.object_scenes",
     "labkit.viz",
     "labkit.report",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Room:
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 17])
 def test_parts_cover_everything_in_order(count: int) -> None:
     parts = in_parts(Room(4), count, size=4, what="things")
-    assert sum(parts, []) == list(range(count))
+    assert [*chain(*parts)] == list(range(count))
     assert max(len(part) for part in parts) <= 4
 
 
@@ -52,7 +53,7 @@ def test_parts_are_halved_until_they_fit_and_stay_so(
     with caplog.at_level(logging.WARNING):
         parts = in_parts(work, 7, size=16, what="sentences")
     assert work.asked == [7, 3, 3, 1]
-    assert sum(parts, []) == list(range(7))
+    assert [*chain(*parts)] == list(range(7))
     assert caplog.messages == ["not enough memory: going on with 3 sentences at a time"]
 
 
@@ -70,7 +71,9 @@ def test_every_halving_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_no_room_for_one_names_the_remedy_and_the_cause() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"prompts, even one at a time.*device='cpu'") as info:
+    with pytest.raises(
+        OutOfMemoryError, match=r"prompts, even one at a time.*device='cpu'"
+    ) as info:
         in_parts(Room(0), 5, size=2, what="prompts")
     assert info.value.__cause__ is ERRORS[0]
     assert isinstance(info.value, LabkitError) and isinstance(info.value, MemoryError)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from labkit.object_scenes import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES, object_scene
+from labkit.object_scenes import object_scene
+from labkit.scene_words import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES
 
 SIDE, MOST = 128, 5
 PARTS = ("images", "owners", "looks")

@@ -27,14 +27,8 @@ from transformers import (
 )
 from vocabulary import LONGEST, STRANGERS, TEMPLATES, tokenizer
 
-from labkit.object_scenes import (
-    CALIBRATION_SEED,
-    SCENE_COLOURS,
-    SCENE_PATTERNS,
-    SCENE_SENTENCES,
-    SCENE_SHAPES,
-    TRAINING_SEED,
-)
+from labkit.object_scenes import CALIBRATION_SEED, TRAINING_SEED
+from labkit.scene_words import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SENTENCES, SCENE_SHAPES
 
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -243,7 +237,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=3_600)
     parser.add_argument("--pictures", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -266,9 +260,9 @@ def main() -> None:
     ) -> tuple[torch.Tensor, list[float], torch.Tensor | None, torch.Tensor | None]:
         images, masks, looks = source(step)
         rng, draw = np.random.default_rng([step, 3]), torch.Generator().manual_seed(step)
-        # The fused attention of a CPU is slow backwards where heads are as narrow as here.
-        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            layers = network.vision(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with sdpa_kernel(SDPBackend.MATH):  # on a CPU faster than the fused one, backwards
+                layers = network.vision(images)
             loss, right = patch_loss(network, layers[-1][:, 1:], masks, looks)
             if not decoded:
                 return loss, right, None, None

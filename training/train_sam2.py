@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/training/sam2"))
     parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=3_800)
+    parser.add_argument("--steps", type=int, default=2_600)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--rate", type=float, default=2e-3)

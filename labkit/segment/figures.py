@@ -28,9 +28,10 @@ def overlay_figure(findings: Findings) -> Figure:
     """The image under every mask, each in its colour and named; with what was not found below."""
     image = _drawable(findings.image)
     height, width = image.shape[:2]
-    wide = 6.5 if width >= height else 6.5 * max(width / height, 0.5)
+    wide = 6.5 * min(max(width / height, 0.4), 1.0)
+    tall = min(wide * height / width, 8.0)
     lines = textwrap.wrap(_summary(findings), max(20, int(wide / CHARACTER)))
-    figure = blank_figure(wide, wide * height / width + 0.25 + 0.17 * len(lines), findings.note)
+    figure = blank_figure(wide, tall + 0.25 + 0.17 * len(lines), findings.note)
     axes = figure.subplots()
     _show(axes, image)
     for index, thing in enumerate(findings.objects):
@@ -40,8 +41,17 @@ def overlay_figure(findings: Findings) -> Figure:
         scale = width / findings.image.shape[1]
         label = f"{thing.prompt}  {thing.predicted_iou:.2f}"
         box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
-        axes.text(left * scale, top * scale, label, bbox=box, va="bottom", clip_on=True, **SMALL)
-    axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK)
+        axes.text(
+            left * scale,
+            top * scale,
+            label,
+            bbox=box,
+            va="bottom",
+            clip_on=True,
+            parse_math=False,
+            **SMALL,
+        )
+    axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK, parse_math=False)
     return figure
 
 
@@ -157,4 +167,4 @@ def _paint(axes: Axes, mask: NDArray[np.bool_], colour: str, strength: float = 0
 
 def _title(axes: Axes, text: str) -> None:
     lines = textwrap.wrap(text, int(_CELL / CHARACTER))
-    axes.set_title("\n".join(lines), loc="left", fontsize=8, color=INK)
+    axes.set_title("\n".join(lines), loc="left", fontsize=8, color=INK, parse_math=False)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from labkit.memory import in_parts
-from labkit.runtime import InputError, Precision, SourceError, resolve_precision
+from labkit.runtime import InputError, Precision, SourceError, one_line, resolve_precision
 from labkit.segment.weights import ClipSegPin
 
 _SENTENCES_AT_ONCE = 16
@@ -52,7 +52,7 @@ class ClipSeg:
             if known != needed:
                 raise ValueError(f"its tokenizer has {known} tokens, its model {needed}")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise SourceError(f"{pin.source} could not be loaded as a CLIPSeg: {reason}") from error
         except Exception as error:  # safetensors' own class has no other base
             if type(error).__name__ != "SafetensorError":

@@ -26,6 +26,7 @@ from labkit.segment.residue import unexplained
 Maps = NDArray[np.float32]
 
 _ROUNDS = 3
+_FAINT = 0.25  # of the peak: what is not meant may take the peak, and leave no more than its foot
 _LEAST_AGREEMENT = 0.35  # of a mask with what was left for it, from the second round on
 
 
@@ -51,25 +52,40 @@ class Inquiry:
 
 
 def opened(
-    sentence: str, evidence: Evidence, heat: Maps, rivals: Maps, unwanted: Maps, *, grid: int
-) -> Inquiry:
-    """An inquiry with its first prompts.
+    sentences: Sequence[str],
+    maps: Maps,
+    evidence: Sequence[Evidence],
+    here: Sequence[bool],
+    *,
+    grid: int,
+    absolute: bool,
+) -> list[Inquiry]:
+    """An inquiry for each of W sentences, with its first prompts if the thing counts as there.
 
     Args:
-        sentence: what is looked for; it counts as there.
-        evidence: for and against that.
-        heat: its map (h, w).
-        rivals: maps (R, h, w) of the other sentences that count as there.
-        unwanted: those of them (U, h, w) that are not meant: where one is hotter than `heat`, each
-            in relation to its peak, the heat does not count.
+        sentences: what is looked for.
+        maps: (S, h, w), the first W of `sentences`, the others of what is not meant.
+        evidence: one for each map.
+        here: whether what each map is of counts as there; only what is competes.
         grid: side of SAM-2's mask prompts.
+        absolute: whether what is not meant takes the ground where its probability is higher, or
+            where it is higher in relation to the peak of its map.
     """
-    if len(unwanted):
-        highest = np.max([relative(one) for one in unwanted], axis=0)
-        heat = np.where(highest > relative(heat), np.float32(0), heat)
-    competing = competing_ground(np.stack([heat, *rivals]), 0)
-    prompts = tuple(make_prompts(heat, grid=grid, competing=competing))
-    return Inquiry(sentence=sentence, evidence=evidence, heat=heat, pending=prompts, asked=prompts)
+    rest = np.arange(len(maps)) >= len(sentences)
+    present = np.asarray(here)
+    levels = maps if absolute else np.stack([relative(one) for one in maps])
+    unwanted = levels[rest & present].max(axis=0, initial=0.0)
+    found = []
+    for index, sentence in enumerate(sentences):
+        inquiry = Inquiry(sentence=sentence, evidence=evidence[index], heat=maps[index])
+        if present[index]:
+            heat = _less(maps[index], levels[index], unwanted)
+            rivals = maps[present & (np.arange(len(maps)) != index)]
+            competing = competing_ground(np.concatenate([heat[None], rivals]), 0)
+            prompts = tuple(make_prompts(heat, grid=grid, competing=competing))
+            inquiry = replace(inquiry, heat=heat, pending=prompts, asked=prompts)
+        found.append(inquiry)
+    return found
 
 
 def pursued(sam2: Sam2, image: NDArray[np.uint8], inquiries: Sequence[Inquiry]) -> list[Inquiry]:
@@ -90,6 +106,14 @@ def pursued(sam2: Sam2, image: NDArray[np.uint8], inquiries: Sequence[Inquiry]) 
             for inquiry in current
         ]
     return current
+
+
+def _less(heat: Maps, level: Maps, unwanted: Maps) -> Maps:
+    """`heat` less ground where `unwanted` is above `level`, and less a foot without its peak."""
+    taken = unwanted > level
+    if taken.any():
+        taken |= level < _FAINT * level.max()
+    return np.where(taken, np.float32(0), heat)
 
 
 def _chosen(sam2: Sam2, features: ImageFeatures, prompts: Sequence[Prompt]) -> list[Candidate]:

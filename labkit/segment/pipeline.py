@@ -21,6 +21,8 @@ from labkit.segment.weights import PresencePin, Profile, get_profile
 
 Maps = NDArray[np.float32]
 
+_TOO_SMALL = "its mask is smaller than a pixel of the image"
+
 
 class TextSegmenter:
     """Segments in images what sentences name, or says that it is not there."""
@@ -102,17 +104,19 @@ class TextSegmenter:
         """
         evidence = gather(maps)
         here = [assume_present or self._present(one) for one in evidence]
-        inquiries = [
-            self._opened(sentence, index, maps, evidence, here, len(wanted))
-            for index, sentence in enumerate(wanted)
-        ]
+        inquiries = opened(
+            wanted, maps, evidence, here, grid=self.sam2.grid, absolute=not assume_present
+        )
         answers, objects = [], []
         for inquiry, heat in zip(pursued(self.sam2, image, inquiries), maps, strict=False):
             answer = self._answer(inquiry, heat, assume_present=assume_present)
-            answers.append(answer)
             if answer.present:
-                drawn = (_object(one, answer, image.shape) for one in inquiry.candidates)
-                objects += [thing for thing in drawn if thing.box[2] > thing.box[0]]
+                found = [_object(one, answer, image.shape) for one in inquiry.candidates]
+                found = [thing for thing in found if thing.box[2] > thing.box[0]]
+                if not found:
+                    answer = replace(answer, present=False, reason=_TOO_SMALL)
+                objects += found
+            answers.append(answer)
         return Segmentation(
             image=image,
             answers=tuple(answers),
@@ -123,29 +127,6 @@ class TextSegmenter:
 
     def _present(self, evidence: Evidence) -> bool:
         return score(evidence, self.presence) >= self.presence.cut
-
-    def _opened(
-        self,
-        sentence: str,
-        index: int,
-        maps: Maps,
-        evidence: Sequence[Evidence],
-        here: Sequence[bool],
-        wanted: int,
-    ) -> Inquiry:
-        """Sentence `index` with prompts, or, if it is not there, with none."""
-        if not here[index]:
-            return Inquiry(sentence=sentence, evidence=evidence[index], heat=maps[index])
-        rivals = [number for number, there in enumerate(here) if there and number != index]
-        unwanted = [number for number in rivals if number >= wanted]
-        return opened(
-            sentence,
-            evidence[index],
-            maps[index],
-            maps[rivals],
-            maps[unwanted],
-            grid=self.sam2.grid,
-        )
 
     def _answer(self, inquiry: Inquiry, heat: Maps, *, assume_present: bool) -> Answer:
         """Whether the thing is there, now that the masks, if any, can be held against the map."""

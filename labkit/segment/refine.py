@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from labkit.memory import OutOfMemoryError, in_parts, is_out_of_memory
-from labkit.runtime import Precision, SourceError, resolve_precision, scoped_seed
+from labkit.runtime import Precision, SourceError, one_line, resolve_precision, scoped_seed
 from labkit.segment.prompts import Prompt
 from labkit.segment.weights import Sam2Pin
 
@@ -92,7 +92,7 @@ class Sam2:
                 weights = torch.load(file, map_location="cpu", weights_only=True)["model"]
             model.load_state_dict(weights)
         except Exception as error:  # safetensors', pickle's, zipfile's and torch's own
-            cause = " ".join(str(error).split())[:200]
+            cause = one_line(error)
             raise SourceError(f"{file} could not be loaded as {pin.config}: {cause}") from error
         return cls(model, device, resolve_precision("auto", device))
 

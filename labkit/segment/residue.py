@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.segment.instances import relative
+
 _HOT = 0.5  # share of the peak that unexplained ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
 _FRINGE = 0.02  # of the longer side: around a mask, so much heat is its own
@@ -28,12 +30,12 @@ def unexplained(
     from scipy import ndimage
 
     nothing = np.zeros_like(heat)
-    if not masks or not heat.max():
+    if not masks:
         return nothing
     covered = np.any(masks, axis=0)
     reach = max(1, round(_FRINGE * max(heat.shape)))
     free = ~ndimage.binary_dilation(covered, iterations=reach)
-    share = heat / heat.max()
+    share = relative(heat)
     hot = ndimage.binary_opening(free & (share >= _HOT), iterations=reach)
     pieces, count = ndimage.label(free & (share >= _SLOPE))
     least = _LEAST * max(int(mask.sum()) for mask in masks)

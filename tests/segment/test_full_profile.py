@@ -30,14 +30,14 @@ from tests.loopback import Fault, LoopbackHub, LoopbackServer
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.data,
-    # The published repository has no tokenizer.json, and transformers reads what it has in old ways.
+    # The repository has no tokenizer.json, and transformers reads what it has in a deprecated way.
     pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
     # pycocotools 2.0.10 and NumPy 2.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 PATIENCE = 30.0  # seconds; on a busy machine half a gigabyte can falter for longer than usual
 CLIPSEG, SAM2 = "CIDAS/clipseg-rd64-refined", "facebook/sam2.1-hiera-tiny"
-REMEDIES = r"(?s)Name another folder or repository.*profile='demo'"
+REMEDIES = r"(?s)Check the network and the source, or choose profile='demo'"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +59,7 @@ def hosts() -> Iterator[list[str]]:
 def only_this_machine(hosts: list[str]) -> Iterator[None]:
     """No test, nor what it builds on, asks for another host."""
     yield
-    assert set(hosts) == {"127.0.0.1"}
+    assert set(hosts) <= {"127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -175,27 +175,28 @@ def test_twins_have_the_published_sizes_and_small_files(full_size: Path) -> None
     assert sam2 == pytest.approx(156_008_466, rel=1e-4)
 
 
-def test_weights_are_downloaded_once_and_a_photograph_segmented_at_its_own_size(
-    segmenter: TextSegmenter, server: LoopbackServer, photo: NDArray[np.uint8]
+def test_weights_are_downloaded_once(
+    segmenter: TextSegmenter, server: LoopbackServer, profile: Profile
 ) -> None:
-    found = segmenter(photo, ["football player"], assume_present=True)
-    assert found.masks.shape[1:] == (720, 1280)
-    assert len(found.answers[0].prompts) >= len(found.objects) >= 1
-    assert found.models == {
+    assert segmenter.models == {
         "CLIPSeg": "CIDAS/clipseg-rd64-refined at 999e0328d9e1",
         "SAM-2": "facebook/sam2.1-hiera-tiny at main",
     }
-    assert found.note == ""
-    large = [r.path for r in server.seen() if r.path.endswith(("model.safetensors", ".pt"))]
+    names = ("model.safetensors", profile.sam2_pin("tiny").filename)
+    large = [request.path for request in server.seen() if request.path.endswith(names)]
     assert len(large) == len(set(large)) == 2
 
 
-def test_presence_is_decided_in_a_photograph(
+def test_photograph_is_encoded_once_for_several_sentences_and_masks_have_its_size(
     segmenter: TextSegmenter, photo: NDArray[np.uint8]
 ) -> None:
-    found = segmenter(photo, ["football player"])
-    assert 0 <= found.answers[0].presence <= 1
-    assert found.answers[0].present == bool(found.objects)
+    seen, encoded = segmenter.clipseg.model.clip.vision_model, segmenter.sam2.model.image_encoder
+    with calls_of(seen) as by_clipseg, calls_of(encoded) as by_sam2:
+        found = segmenter(photo, SENTENCES[:3], assume_present=True)
+    assert len(by_clipseg) == len(by_sam2) == 1
+    assert all(answer.prompts for answer in found.answers)
+    assert found.objects
+    assert found.masks.shape[1:] == (720, 1280)
 
 
 def test_cache_is_enough_when_the_network_is_gone(
@@ -209,11 +210,10 @@ def test_cache_is_enough_when_the_network_is_gone(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with hub_at(gone, cache):
         alone = TextSegmenter.from_profile(profile, device="cpu")
-    square = photo[:, :720]
-    got, want = (one.clipseg.heat_maps(square, SENTENCES[:1]) for one in (alone, segmenter))
-    np.testing.assert_array_equal(got, want)
-    found = alone(photo, ["football player"], assume_present=True)
-    assert found.masks.shape[1:] == (720, 1280)
+    found = alone(photo, ["football player"])
+    assert found.answers[0].present == bool(found.objects)
+    heat = segmenter.clipseg.heat_maps(photo, ["football player"], segmenter.templates)
+    np.testing.assert_array_equal(found.answers[0].heat, heat[0])
 
 
 @pytest.mark.parametrize("name", ["clipseg", "sam2"])
@@ -244,7 +244,7 @@ def test_weights_altered_on_the_way_are_refused_removed_and_fetched_anew(
 
 @pytest.mark.parametrize("name", ["clipseg", "sam2"])
 def test_network_that_is_gone_names_both_remedies_when_nothing_is_cached(
-    name: str, gone: LoopbackServer, profile: Profile, empty: Path
+    name: str, gone: LoopbackServer, profile: Profile, empty: Path, no_waiting: list[float]
 ) -> None:
     with hub_at(gone, empty), pytest.raises(SourceError, match=REMEDIES) as caught:
         weights(pins(profile)[name])
@@ -281,7 +281,8 @@ def test_cache_is_enough_when_the_hub_is_down(
 def down(server: LoopbackServer, profile: Profile) -> None:
     """Let `server` answer 503 to whatever is asked about the repositories."""
     pin, busy = profile.clipseg, [Fault.UNAVAILABLE] * 100
-    server.fail(f"/api/models/{CLIPSEG}/revision/{pin.revision}", *busy)
+    for kind in ("revision", "tree"):
+        server.fail(f"/api/models/{CLIPSEG}/{kind}/{pin.revision}", *busy)
     server.fail(f"/{CLIPSEG}/resolve/{pin.revision}/model.safetensors", *busy, method="HEAD")
     file = profile.sam2_pin("tiny").filename
     server.fail(f"/{SAM2}/resolve/main/{file}", *busy, method="HEAD")
@@ -301,13 +302,3 @@ def test_maps_equal_a_forward_pass_for_each_sentence(
             (reference,) = model(**inputs).logits.sigmoid()
         np.testing.assert_allclose(heat, reference, atol=1e-4)
     assert np.abs(maps[0] - maps[1]).max() > 1e-3
-
-
-def test_image_is_encoded_once_for_several_sentences(
-    segmenter: TextSegmenter, photo: NDArray[np.uint8]
-) -> None:
-    seen, encoded = segmenter.clipseg.model.clip.vision_model, segmenter.sam2.model.image_encoder
-    with calls_of(seen) as by_clipseg, calls_of(encoded) as by_sam2:
-        found = segmenter(photo, SENTENCES[:3], ["referee"], assume_present=True)
-    assert all(answer.prompts for answer in found.answers)
-    assert len(by_clipseg) == len(by_sam2) == 1

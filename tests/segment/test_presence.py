@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_scaling_a_map_down_lowers_presence() -> None:
     other = bump(12, 0.3)
     factors = (1.0, 0.7, 0.4, 0.1, 0.013, 0.001)
     found = [score(gather(np.stack([f * bump(20), other]))[0], PIN) for f in factors]
-    assert all(more > less for more, less in zip(found, found[1:], strict=False))
+    assert all(more > less for more, less in pairwise(found))
     assert found[0] > PIN.cut > found[-3]
 
 

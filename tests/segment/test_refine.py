@@ -213,7 +213,9 @@ def test_checkpoint_in_metas_layout_gives_the_same_model(
     pin = tiny_profile.sam2["tiny"]
     file = as_published(Path(shutil.copy(pin.file(), tmp_path)))
     digest = f"sha256:{checksum(file)}"
-    other = Sam2.from_pin(replace(pin, source=str(tmp_path), filename=file.name, digest=digest), CPU)
+    other = Sam2.from_pin(
+        replace(pin, source=str(tmp_path), filename=file.name, digest=digest), CPU
+    )
     weights = other.model.state_dict()
     assert all(torch.equal(x, weights[name]) for name, x in sam2.model.state_dict().items())
 
