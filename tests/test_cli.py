@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from labkit.cli import main
+from labkit.object_scenes import EVALUATION_SEED, object_scene
 
 
 def labkit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -86,3 +88,85 @@ def test_bad_input_is_one_line_with_the_remedy(
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("labkit: ") and message in line
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    for number in range(2):
+        scene = object_scene(number, seed=EVALUATION_SEED)
+        Image.fromarray(scene.image).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_segment_writes_masks_overlay_and_report(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true = object_scene(0, seed=EVALUATION_SEED).present[0]
+    command = ["segment", str(scenes / "0.png"), "--prompt", true, "--prompt", "zebra"]
+    command += ["--profile", "demo", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    told = capsys.readouterr().out
+    assert "'zebra'  not found" in told and "demo" in told
+    document = json.loads((tmp_path / "out" / "masks.json").read_text())
+    assert document["images"][0] == {"id": 1, "file_name": "0.png", "width": 128, "height": 128}
+    verdicts = {answer["prompt"]: answer["present"] for answer in document["answers"]}
+    assert not verdicts["zebra"]
+    assert Image.open(tmp_path / "out" / "overlay.png").size > (100, 100)
+    assert "demo" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_segment_of_a_folder_gives_each_image_a_folder(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["segment", str(scenes), "--prompt", "star", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0001-0", "0002-1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png", "--prompt", "star", "--profile", "demo"], "nowhere.png"),
+        (["nowhere.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),
+        (["x.png", "--prompt", "a", "--not", "a", "--profile", "demo"], "both wanted and not"),
+        (["x.png", "--prompt", "star", "--profile", "dmeo"], "'full' or 'demo'"),
+    ],
+)
+def test_bad_input_to_segment_is_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["labkit", "segment", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("labkit: ") and message in line
+
+
+def test_bench_segment_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(
+        sys, "argv", ["labkit", "bench", "segment", "--scenes", "4", "--out", str(out)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    figures = json.loads(out.read_text())
+    named = {"n_scenes", "miou", "miou_ci", "miou_clipseg_only", "miou_peak_0013"}
+    named |= {"presence_auroc", "presence_mcc", "instance_recall", "weights", "versions"}
+    assert named <= figures.keys() and figures["profile"] == "demo"

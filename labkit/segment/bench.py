@@ -199,13 +199,14 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             recall,
             np.array([row.scene for row in several]),
             lambda r: float(r[:, 0].sum() / r[:, 1].sum()),
-        )
-        if several
-        else None,
+        ),
         "cgf1": concept.cgf1,
     }
 
 
-def _interval(values: Any, groups: Any, statistic: Any = np.mean) -> list[float]:
+def _interval(values: Any, groups: Any, statistic: Any = np.mean) -> list[float] | None:
+    """The 95 % interval over resampled scenes; None where there are fewer than two."""
+    if len(set(groups)) < 2:
+        return None
     low, high = bootstrap_interval(values, statistic, groups=groups)
     return [float(low), float(high)]

@@ -32,8 +32,6 @@ pytestmark = [
     pytest.mark.data,
     # The repository has no tokenizer.json, and transformers reads what it has in a deprecated way.
     pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
-    # pycocotools 2.0.10 and NumPy 2.
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 PATIENCE = 30.0  # seconds; on a busy machine half a gigabyte can falter for longer than usual
 CLIPSEG, SAM2 = "CIDAS/clipseg-rd64-refined", "facebook/sam2.1-hiera-tiny"
