@@ -39,6 +39,7 @@ SEGMENT = [
     "ground",
     "refine",
     "residue",
+    "division",
     "inquiry",
     "metrics",
     "rle",

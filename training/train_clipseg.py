@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/training/clipseg"))
     parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=3_600)
+    parser.add_argument("--steps", type=int, default=3_200)
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.segment.division import divided
 from labkit.segment.instances import relative
 from labkit.segment.presence import Evidence
 from labkit.segment.prompts import Prompt, competing_ground, make_prompts
@@ -26,6 +27,8 @@ from labkit.segment.residue import unexplained
 Maps = NDArray[np.float32]
 
 _ROUNDS = 3
+_BLUR = 0.04  # of the longer side: the spread that takes the patches of the tower out of a map
+_SUPPORT = 0.65  # share of the hottest mask's mean heat that the mean heat of another must reach
 _FAINT = 0.25  # of the peak: what is not meant may take the peak, and leave no more than its foot
 _LEAST_AGREEMENT = 0.35  # of a mask with what was left for it, from the second round on
 
@@ -37,7 +40,7 @@ class Inquiry:
     Attributes:
         sentence: what is looked for.
         evidence: for and against its being there.
-        heat: its map (h, w), less the ground of what is not meant.
+        heat: its map (h, w), smoothed, less the ground of what is not meant.
         pending: what SAM-2 is still to be asked, in pixels of `heat`.
         asked: all that it was asked.
         candidates: the masks so far, best first.
@@ -73,6 +76,7 @@ def opened(
     """
     rest = np.arange(len(maps)) >= len(sentences)
     present = np.asarray(here)
+    maps = _smoothed(maps)
     levels = maps if absolute else np.stack([relative(one) for one in maps])
     unwanted = levels[rest & present].max(axis=0, initial=0.0)
     found = []
@@ -83,7 +87,7 @@ def opened(
             rivals = maps[present & (np.arange(len(maps)) != index)]
             competing = competing_ground(np.concatenate([heat[None], rivals]), 0)
             prompts = tuple(make_prompts(heat, grid=grid, competing=competing))
-            inquiry = replace(inquiry, heat=heat, pending=prompts, asked=prompts)
+            inquiry = replace(inquiry, heat=heat, pending=prompts)
         found.append(inquiry)
     return found
 
@@ -96,16 +100,17 @@ def pursued(sam2: Sam2, image: NDArray[np.uint8], inquiries: Sequence[Inquiry]) 
     """
     current, features = list(inquiries), None
     for _ in range(_ROUNDS):
-        prompts = [prompt for inquiry in current for prompt in inquiry.pending]
-        if not prompts:
+        if not any(inquiry.pending for inquiry in current):
             break
         features = features or sam2.encode(image)
+        current = [_divided(inquiry, sam2, features) for inquiry in current]
+        prompts = [prompt for inquiry in current for prompt in inquiry.pending]
         chosen = iter(_chosen(sam2, features, prompts))
         current = [
             _continued(inquiry, list(islice(chosen, len(inquiry.pending))), sam2.grid)
             for inquiry in current
         ]
-    return current
+    return [replace(one, candidates=_supported(one.candidates, one.heat)) for one in current]
 
 
 def _less(heat: Maps, level: Maps, unwanted: Maps) -> Maps:
@@ -114,6 +119,32 @@ def _less(heat: Maps, level: Maps, unwanted: Maps) -> Maps:
     if taken.any():
         taken |= level < _FAINT * level.max()
     return np.where(taken, np.float32(0), heat)
+
+
+def _divided(inquiry: Inquiry, sam2: Sam2, features: ImageFeatures) -> Inquiry:
+    """`inquiry` with what is pending taken apart into single objects."""
+    if not inquiry.pending:
+        return inquiry
+    pending = tuple(divided(sam2, features, inquiry.pending, inquiry.heat))
+    return replace(inquiry, pending=pending, asked=(*inquiry.asked, *pending))
+
+
+def _smoothed(maps: Maps) -> Maps:
+    """Maps (S, h, w) in which a patch of the vision tower no longer stands out by itself."""
+    from scipy import ndimage
+
+    blur = _BLUR * max(maps.shape[1:])
+    smooth: Maps = ndimage.gaussian_filter(maps, (0, blur, blur), mode="nearest")
+    return smooth
+
+
+def _supported(candidates: Sequence[Candidate], heat: Maps) -> tuple[Candidate, ...]:
+    """The masks that the map (h, w) really means: hot all over, as hot as the others."""
+    height, width = heat.shape
+    masks = [enlarged(one.logits, (height, width)) for one in candidates]
+    means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
+    least = _SUPPORT * max(means, default=0.0)
+    return tuple(one for one, mean in zip(candidates, means, strict=True) if mean >= least)
 
 
 def _chosen(sam2: Sam2, features: ImageFeatures, prompts: Sequence[Prompt]) -> list[Candidate]:
@@ -131,6 +162,8 @@ def _continued(inquiry: Inquiry, answers: Sequence[Candidate], grid: int) -> Inq
     if inquiry.candidates:
         answers = [one for one in answers if one.agreement >= _LEAST_AGREEMENT]
     kept = distinct([*inquiry.candidates, *answers])
+    if kept == list(inquiry.candidates):  # the same would be left, and asked again
+        return replace(inquiry, pending=())
     height, width = inquiry.heat.shape
     masks = [enlarged(one.logits, (height, width)) for one in kept]
     rest = unexplained(inquiry.heat, masks)
@@ -140,5 +173,4 @@ def _continued(inquiry: Inquiry, answers: Sequence[Candidate], grid: int) -> Inq
         inquiry,
         candidates=tuple(kept),
         pending=pending,
-        asked=(*inquiry.asked, *pending),
     )

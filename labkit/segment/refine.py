@@ -167,12 +167,39 @@ class Sam2:
         logits, ious = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(ious)
 
-    @torch.inference_mode()
+    def click(self, features: ImageFeatures, points: NDArray[np.float64]) -> tuple[Logits, Logits]:
+        """The same for one foreground point each, without box and mask.
+
+        Args:
+            features: of the image.
+            points: (N, 2) in pixels of SAM-2's square.
+        """
+        if not len(points):
+            return self.decode(features, [])
+        places = torch.from_numpy(points).float()[:, None]
+        labels = torch.ones(places.shape[:2], dtype=torch.int32)
+        parts = in_parts(
+            lambda part: self._predicted(features, places[part], labels[part], None),
+            len(points),
+            size=_PROMPTS_AT_ONCE,
+            what="points",
+        )
+        logits, ious = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(ious)
+
     def _decoded(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
-        points, labels, masks = (x.to(self.device) for x in _as_tensors(prompts))
+        return self._predicted(features, *_as_tensors(prompts))
+
+    @torch.inference_mode()
+    def _predicted(
+        self, features: ImageFeatures, points: Tensor, labels: Tensor, masks: Tensor | None
+    ) -> tuple[Logits, Logits]:
+        """Logits (N, 4, G, G) and IoUs (N, 4) for points (N, K, 2) and masks (N, 1, G, G)."""
         with self.precision.autocast(self.device):
             sparse, dense = self.model.sam_prompt_encoder(
-                points=(points, labels), boxes=None, masks=masks
+                points=(points.to(self.device), labels.to(self.device)),
+                boxes=None,
+                masks=None if masks is None else masks.to(self.device),
             )
             logits, ious, _, _ = self.model.sam_mask_decoder.predict_masks(
                 image_embeddings=features.embedding,
@@ -252,7 +279,7 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda one: -one.score):
         mask = candidate.logits > 0
-        if mask.any() and not any(_repeats(mask, other.logits > 0) for other in kept):
+        if mask.any() and not any(repeats(mask, other.logits > 0) for other in kept):
             kept.append(candidate)
     return kept
 
@@ -263,7 +290,8 @@ def enlarged(logits: Logits, size: tuple[int, int]) -> Masks:
     return (F.interpolate(grid, size=size, mode="bilinear")[0, 0] > 0).numpy()
 
 
-def _repeats(a: Masks, b: Masks) -> bool:
+def repeats(a: Masks, b: Masks) -> bool:
+    """Whether two masks are of one object, or one is a part of the other."""
     common = int((a & b).sum())
     smaller, union = min(int(a.sum()), int(b.sum())), int((a | b).sum())
     return common > _SAME * union or common > _INSIDE * smaller
