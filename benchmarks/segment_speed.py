@@ -3,8 +3,9 @@
 Random weights take as long as trained ones, but find nothing. So, where the number of objects
 matters, CLIPSeg's maps are computed and then replaced by separate round spots; and for the memory,
 SAM-2's masks are computed and then replaced by the outlines of those spots, so that none repeats
-another: each is kept, drawn at the size of the image and encoded. Memory is that of a process of
-its own on the CPU, which holds all weights before and does nothing else.
+another: each is kept, drawn at the size of the image and encoded. The map of so many spots has
+twice CLIPSeg's side, since at its own they would run together. Memory is that of a process of its
+own on the CPU, which holds all weights before and does nothing else.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def peak_gib_of_many(folder: Path) -> float:
     sam2 = OutliningSam2.from_pin(profile.sam2_pin(None), CPU)
     segmenter = TextSegmenter(clipseg, sam2, presence=profile.presence)
     image = np.random.default_rng(0).integers(0, 256, (*LARGE, 3), dtype=np.uint8)
-    maps = spots(MANY, working_size(LARGE, clipseg.side))[None]
+    maps = spots(MANY, working_size(LARGE, 2 * clipseg.side))[None]
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # nothing that was freed while loading is left to reuse

@@ -68,6 +68,11 @@ class ClipSeg:
         """Width and height in pixels of what the model sees, and of its square maps."""
         return int(self.processor.image_processor.size["height"])
 
+    @property
+    def patch(self) -> int:
+        """Width and height in pixels of a patch of the vision tower, the grain of the maps."""
+        return int(self.model.config.vision_config.patch_size)
+
     def heat_maps(
         self,
         image: NDArray[np.uint8],

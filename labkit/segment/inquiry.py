@@ -27,7 +27,7 @@ from labkit.segment.residue import unexplained
 Maps = NDArray[np.float32]
 
 _ROUNDS = 3
-_BLUR = 0.04  # of the longer side: the spread that takes the patches of the tower out of a map
+_BLUR = 0.56  # of a patch: the spread that takes the grain of the vision tower out of a map
 _SUPPORT = 0.65  # share of the hottest mask's mean heat that the mean heat of another must reach
 _FAINT = 0.25  # of the peak: what is not meant may take the peak, and leave no more than its foot
 _LEAST_AGREEMENT = 0.35  # of a mask with what was left for it, from the second round on
@@ -60,6 +60,7 @@ def opened(
     evidence: Sequence[Evidence],
     here: Sequence[bool],
     *,
+    patch: int,
     grid: int,
     absolute: bool,
 ) -> list[Inquiry]:
@@ -70,13 +71,14 @@ def opened(
         maps: (S, h, w), the first W of `sentences`, the others of what is not meant.
         evidence: one for each map.
         here: whether what each map is of counts as there; only what is competes.
+        patch: grain of the maps in pixels.
         grid: side of SAM-2's mask prompts.
         absolute: whether what is not meant takes the ground where its probability is higher, or
             where it is higher in relation to the peak of its map.
     """
     rest = np.arange(len(maps)) >= len(sentences)
     present = np.asarray(here)
-    maps = _smoothed(maps)
+    maps = _smoothed(maps, _BLUR * patch)
     levels = maps if absolute else np.stack([relative(one) for one in maps])
     unwanted = levels[rest & present].max(axis=0, initial=0.0)
     found = []
@@ -129,11 +131,10 @@ def _divided(inquiry: Inquiry, sam2: Sam2, features: ImageFeatures) -> Inquiry:
     return replace(inquiry, pending=pending, asked=(*inquiry.asked, *pending))
 
 
-def _smoothed(maps: Maps) -> Maps:
+def _smoothed(maps: Maps, blur: float) -> Maps:
     """Maps (S, h, w) in which a patch of the vision tower no longer stands out by itself."""
     from scipy import ndimage
 
-    blur = _BLUR * max(maps.shape[1:])
     smooth: Maps = ndimage.gaussian_filter(maps, (0, blur, blur), mode="nearest")
     return smooth
 

@@ -105,7 +105,13 @@ class TextSegmenter:
         evidence = gather(maps)
         here = [assume_present or self._present(one) for one in evidence]
         inquiries = opened(
-            wanted, maps, evidence, here, grid=self.sam2.grid, absolute=not assume_present
+            wanted,
+            maps,
+            evidence,
+            here,
+            patch=self.clipseg.patch,
+            grid=self.sam2.grid,
+            absolute=not assume_present,
         )
         answers, objects = [], []
         for inquiry, heat in zip(pursued(self.sam2, image, inquiries), maps, strict=False):

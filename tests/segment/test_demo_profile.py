@@ -61,7 +61,7 @@ def test_a_true_sentence_is_outlined_and_a_false_one_is_absent(segmenter: TextSe
     assert "demo" in found.note
 
 
-@pytest.mark.parametrize("sentence", ["zebra", "a very long telephone", "Ωμέγα", "42"])
+@pytest.mark.parametrize("sentence", ["zebra", "a very long telephone", "violin", "two umbrellas"])
 def test_words_of_another_world_find_nothing(segmenter: TextSegmenter, sentence: str) -> None:
     scenes = (object_scene(number, seed=EVALUATION_SEED) for number in range(3000, 3006))
     assert sum(bool(segmenter(scene.image, [sentence]).objects) for scene in scenes) <= 1

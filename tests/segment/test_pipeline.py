@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import socket
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class GivenMaps:
 
     def __init__(self, **maps: Maps) -> None:
         self.maps, self.asked = maps, list[str]()
+        self.patch = 3
 
     def heat_maps(self, _: object, sentences: Sequence[str], templates: Sequence[str]) -> Maps:
         self.asked += sentences
@@ -54,7 +56,7 @@ class GivenMaps:
 
 
 class Copyist:
-    """In the place of SAM-2: its masks are its mask prompts, moved by `shift` pixels."""
+    """In the place of SAM-2: masks are the mask prompts, moved by `shift`; clicks yield none."""
 
     side = grid = GRID
 
@@ -69,6 +71,10 @@ class Copyist:
         self.told += prompts
         logits = np.stack([np.roll(one.mask_logits, self.shift, axis=1) for one in prompts])
         return np.stack([logits] * 4, axis=1), np.full((len(prompts), 4), 0.9, np.float32)
+
+    def click(self, _: object, points: NDArray[np.float64]) -> tuple[Maps, Maps]:
+        shape = (len(points), 4)
+        return np.zeros((*shape, GRID, GRID), np.float32), np.zeros(shape, np.float32)
 
 
 def segmenter(sam2: Any = None, pin: PresencePin = PIN, **maps: Maps) -> Any:
@@ -85,7 +91,7 @@ def tiny(tiny_profile: Profile) -> TextSegmenter:
 def found() -> Segmentation:
     """Two cats, no horse and a dog, in an image twice as large as the maps."""
     ask = segmenter(
-        cat=discs((10, 10), heat=0.75) + discs((36, 30), radius=8, heat=0.5),
+        cat=discs((10, 10), heat=0.75) + discs((36, 30), radius=8, heat=0.65),
         horse=discs((30, 5), heat=0.013),
         dog=discs((10, 38), heat=0.75),
     )
@@ -100,8 +106,9 @@ def test_each_thing_that_is_there_has_its_mask_scores_and_box(found: Segmentatio
         exact = (disc > 0).repeat(2, axis=0).repeat(2, axis=1)
         wrong = np.count_nonzero(thing.mask ^ exact)
         assert wrong < 0.12 * exact.sum()  # the outline, drawn between pixels of the grid
-        assert thing.predicted_iou == pytest.approx(0.9) and thing.agreement == pytest.approx(1)
-    assert (large.grounding, small.grounding) == (pytest.approx(0.5), pytest.approx(0.75))
+        assert thing.predicted_iou == pytest.approx(0.9) and 0.6 < thing.agreement < 1  # soft edges
+    assert found.answer("cat").evidence.agreement == large.agreement > small.agreement
+    assert (large.grounding, small.grounding) == (pytest.approx(0.65), pytest.approx(0.75))
     assert dog.presence == found.answer("dog").presence > PIN.cut
     for thing in found.objects:
         x, y, width, height = coco.toBbox({**thing.rle, "counts": thing.rle["counts"].encode()})
@@ -134,15 +141,23 @@ def test_what_is_absent_gets_no_mask_but_a_reason(sam2: Sam2, calls_of: CallsOf)
     assert encoder == []
 
 
-@pytest.mark.parametrize("peak", [0.013, 1e-4])
+def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("peak", [2**-6, 2**-13, 0.013, 1e-4])
 def test_assumed_present_masks_do_not_depend_on_the_peak(sam2: Sam2, peak: float) -> None:
+    """To the last pixel for a power of two; other factors round, and may move an outline a bit."""
     maps = np.stack([slope(12, 12), np.maximum(slope(34, 30), slope(8, 40))])
     ask, image, wanted = segmenter(sam2), noise(90, 120), ["one", "two"]
     strong = ask.refine(image, wanted, maps, assume_present=True)
     weak = ask.refine(image, wanted, maps * np.float32(peak), assume_present=True)
     assert len(strong.objects) >= 2
-    assert [thing.rle for thing in weak.objects] == [thing.rle for thing in strong.objects]
-    assert [thing.box for thing in weak.objects] == [thing.box for thing in strong.objects]
+    if math.log2(peak).is_integer():
+        assert [thing.rle for thing in weak.objects] == [thing.rle for thing in strong.objects]
+        assert [thing.box for thing in weak.objects] == [thing.box for thing in strong.objects]
+    for thing, other in zip(weak.objects, strong.objects, strict=True):
+        assert thing.prompt == other.prompt and iou(thing.mask, other.mask) > 0.98
     for ours, theirs in zip(weak.answers, strong.answers, strict=True):
         assert ours.present and ours.presence < theirs.presence
         assert len(ours.prompts) == len(theirs.prompts) > 0
@@ -196,7 +211,9 @@ def test_ground_of_what_is_not_meant_does_not_count() -> None:
     assert len(segmenter(cat=cat)(noise(48, 48), ["cat"]).objects) == 2
     result = segmenter(cat=cat, dog=dog)(noise(48, 48), ["cat"], ["dog"])
     assert [answer.prompt for answer in result.answers] == ["cat"]
-    assert np.array_equal(result.masks, [discs((10, 10)) > 0])
+    alone = segmenter(cat=discs((10, 10), heat=0.7))(noise(48, 48), ["cat"])
+    assert np.array_equal(result.masks, alone.masks)
+    assert iou(alone.masks[0], discs((10, 10)) > 0) > 0.85
 
 
 def test_what_is_not_meant_and_not_there_takes_nothing_away() -> None:
@@ -255,7 +272,9 @@ def test_prompts_reach_sam2_in_the_pixels_of_its_square() -> None:
     wide = discs((9, 12))[None, :24]  # (1, 24, 48), of an image twice as wide as high
     ask.refine(noise(100, 200), ["cat"], wide, assume_present=True)
     told = ask.sam2.told[0]
-    assert (told.box[2:] - told.box[:2]).tolist() == [13, 26]
+    left, top, right, bottom = told.box
+    assert (left + right, top + bottom) == (2 * 9.5, 2 * 25)
+    assert bottom - top == 2 * (right - left) and abs(right - left - 13) <= 2
     assert told.points[0].tolist() == [9, 2 * 12 + 0.5]
 
 

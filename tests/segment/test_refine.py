@@ -121,6 +121,32 @@ def test_prompts_scaled_to_the_square_mean_what_pixels_mean_to_the_predictor(
     assert np.abs(logits[0] - expected).max() <= 1e-4
 
 
+def test_clicks_equal_those_of_the_predictor_with_a_point_and_nothing_else(
+    sam2: Sam2, predictor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, points = noise(SIDE, SIDE), np.random.default_rng(1).uniform(0, SIDE - 1, (5, 2))
+    features = sam2.encode(image)
+    logits, ious = sam2.click(features, points)
+    assert logits.shape == (5, 4, GRID, GRID) and ious.shape == (5, 4)
+    predictor.set_image(image)
+    for row, point in enumerate(points):
+        answers = [
+            predictor.predict(point[None], np.array([1]), multimask_output=several)[1:]
+            for several in (False, True)
+        ]
+        expected_ious, expected = (np.concatenate(pair) for pair in zip(*answers, strict=True))
+        assert np.abs(logits[row]).max() < 32  # beyond which the predictor clips
+        assert np.abs(logits[row] - expected).max() <= 1e-4
+        assert np.abs(ious[row] - expected_ious).max() <= 1e-4
+    apart = np.abs(logits[:, None] - logits[None]).max(axis=(2, 3, 4))
+    assert apart[~np.eye(5, dtype=bool)].min() > 0.01  # else the comparison proves nothing
+    for size in (1, 2):
+        monkeypatch.setattr(refine, "_PROMPTS_AT_ONCE", size)
+        again = sam2.click(features, points)
+        assert np.abs(again[0] - logits).max() <= 1e-5
+        assert np.abs(again[1] - ious).max() <= 1e-5
+
+
 def test_company_and_size_of_parts_change_nothing(
     sam2: Sam2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,9 +172,10 @@ def test_image_is_encoded_once_for_many_prompts(
     assert (len(encoder), len(transformer)) == (1, 3)
 
 
-def test_no_prompts_give_no_masks(sam2: Sam2) -> None:
-    logits, ious = sam2.decode(sam2.encode(noise(9, 9)), [])
-    assert logits.shape == (0, 4, GRID, GRID) and ious.shape == (0, 4)
+def test_no_prompts_and_no_clicks_give_no_masks(sam2: Sam2) -> None:
+    features = sam2.encode(noise(9, 9))
+    for logits, ious in (sam2.decode(features, []), sam2.click(features, np.zeros((0, 2)))):
+        assert logits.shape == (0, 4, GRID, GRID) and ious.shape == (0, 4)
 
 
 def test_prompts_that_do_not_fit_into_memory_are_decoded_in_smaller_parts(
