@@ -17,7 +17,7 @@ from labkit.segment.presence import Evidence, gather, reason, score
 from labkit.segment.refine import Candidate, Sam2, enlarged
 from labkit.segment.rle import encode_mask
 from labkit.segment.segmentation import Segmentation
-from labkit.segment.weights import PresencePin, Profile, get_profile
+from labkit.segment.weights import PresencePin, Profile, check_installed, get_profile
 
 Maps = NDArray[np.float32]
 
@@ -55,8 +55,9 @@ class TextSegmenter:
 
         Raises:
             InputError: there is no such profile, size or device.
-            SourceError: weights could not be had.
+            SourceError: weights could not be had, or a library is missing.
         """
+        check_installed()
         chosen = get_profile(profile) if isinstance(profile, str) else profile
         pin, where = chosen.sam2_pin(sam2), pick_device(device)
         return cls(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from labkit.files import has_digest, hub_file
@@ -163,6 +164,21 @@ _FULL = Profile(
     presence=PresencePin(strength=1.5, contrast=3.0, rivalry=-3.0, agreement=1.0, constant=-0.2),
     templates=("a photo of a {}",),
 )
+
+
+def check_installed() -> None:
+    """Make sure that what segmentation needs beyond labkit's own dependencies is there.
+
+    Raises:
+        SourceError: it is not; the message says how to install it.
+    """
+    needed = ("transformers", "sam2", "hydra", "iopath", "skimage", "pycocotools")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise SourceError(
+            f"segmentation needs {', '.join(missing)}: pip install 'labkit[segment]', then "
+            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
+        )
 
 
 def get_profile(name: str) -> Profile:

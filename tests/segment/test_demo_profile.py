@@ -13,6 +13,7 @@ import labkit
 from labkit.images import load_image
 from labkit.object_scenes import EVALUATION_SEED, object_scene
 from labkit.runtime import InputError, SourceError
+from labkit.segment import weights
 from labkit.segment.bench import measure_scenes
 from labkit.segment.examples import example
 from labkit.segment.metrics import iou
@@ -90,6 +91,13 @@ def test_profiles_and_sizes_that_do_not_exist_are_named() -> None:
         get_profile("dmeo")
     with pytest.raises(InputError, match="tiny, small, base-plus, large"):
         get_profile("full").sam2_pin("huge")
+
+
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = weights.find_spec
+    monkeypatch.setattr(weights, "find_spec", lambda n: None if n == "sam2" else there(n))
+    with pytest.raises(SourceError, match=r"needs sam2: pip install .*--no-deps sam2"):
+        TextSegmenter.from_profile("demo")
 
 
 def test_an_over_long_sentence_is_refused_in_one_line(segmenter: TextSegmenter) -> None:
