@@ -37,20 +37,11 @@ def overlay_figure(findings: Findings) -> Figure:
     for index, thing in enumerate(findings.objects):
         colour = _COLOURS[index % len(_COLOURS)]
         _paint(axes, thing.mask, colour)
-        left, top, _, _ = thing.box
         scale = width / findings.image.shape[1]
-        label = f"{thing.prompt}  {thing.predicted_iou:.2f}"
-        box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
-        axes.text(
-            left * scale,
-            top * scale,
-            label,
-            bbox=box,
-            va="bottom",
-            clip_on=True,
-            parse_math=False,
-            **SMALL,
-        )
+        left, top = thing.box[0] * scale, thing.box[1] * scale
+        style = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
+        place: dict[str, Any] = {"va": "bottom", "clip_on": True, "parse_math": False}
+        axes.text(left, top, thing.prompt, bbox=style, **place, **SMALL)
     axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK, parse_math=False)
     return figure
 
