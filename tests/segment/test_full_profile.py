@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.standins import SENTENCES
-from labkit.files import checksum, has_digest
+from labkit.files import has_digest
 from labkit.images import load_image
 from labkit.runtime import SourceError
 from labkit.segment.pipeline import TextSegmenter
@@ -156,18 +156,7 @@ def calls_of(module: torch.nn.Module) -> Iterator[list[None]]:
     hook.remove()
 
 
-def test_twins_have_the_published_sizes_and_small_files(full_size: Path) -> None:
-    published = {
-        "config.json": "c023375966d31b3b1392764f7bd91df47098ce19f62f11b0263d8eedcf708bcd",
-        "preprocessor_config.json": (
-            "4fb09ebcfd7651205ca8299b993c30088e5535ef350a72d46c5c4580eeac0440"
-        ),
-        "special_tokens_map.json": (
-            "c4864a9376a8401918425bed71fc14fc0e81f9b59ec45c1cf96cccb2df508eac"
-        ),
-        "tokenizer_config.json": "4c75d57fd9bd0be8478ad2d6f8b9cebdd4a45338eb108547329c2b6333476ca6",
-    }
-    assert {name: checksum(full_size / "clipseg" / name) for name in published} == published
+def test_twins_are_as_large_as_the_published_files(full_size: Path) -> None:
     assert (full_size / "clipseg" / "model.safetensors").stat().st_size == 603_049_496
     sam2 = (full_size / "sam2" / "sam2.1_hiera_tiny.pt").stat().st_size
     assert sam2 == pytest.approx(156_008_466, rel=1e-4)
