@@ -108,6 +108,7 @@ def segment(
     """Segment in images what sentences name, or say that it is not there.
 
     For one image OUT holds masks.json, overlay.png and report.html; for several, a folder for each.
+    Of several, one that cannot be read does not stop the others.
     """
     from labkit.images import describe
     from labkit.segment.pipeline import TextSegmenter, checked_sentences
@@ -115,9 +116,17 @@ def segment(
     checked_sentences(prompt, not_ or ())
     sources = _expanded(images)
     segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
+    failed = 0
     for number, source in enumerate(sources, 1):
         name = describe(source)
-        found = segmenter(source, prompt, not_ or (), assume_present=assume_present)
+        try:
+            found = segmenter(source, prompt, not_ or (), assume_present=assume_present)
+        except LabkitError as error:
+            if len(sources) == 1:
+                raise
+            failed += 1
+            print(f"labkit: {error}", file=sys.stderr)
+            continue
         folder = out if len(sources) == 1 else out / f"{number:04d}-{Path(name).stem}"
         found.save(folder, name)
         note = f"  [{found.note}]" if found.note else ""
@@ -126,6 +135,8 @@ def segment(
             verdict = f"{count} found" if count else f"not found: {answer.reason}"
             print(f"{name}  {answer.prompt!r}  {verdict} (presence {answer.presence:.2f}){note}")
         print(f"{name}  {folder / 'report.html'}")
+    if failed:
+        raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
 
 
 def _expanded(sources: list[str]) -> list[str]:

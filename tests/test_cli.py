@@ -138,6 +138,25 @@ def test_segment_of_a_folder_gives_each_image_a_folder(
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0001-0", "0002-1"]
 
 
+def test_segment_goes_on_after_an_image_that_cannot_be_read(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes((scenes / "0.png").read_bytes()[:100])
+    command = ["segment", str(damaged), str(scenes / "1.png"), "--prompt", "star"]
+    command += ["--profile", "demo", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    first, last = capsys.readouterr().err.strip().splitlines()
+    assert "damaged.png" in first and "1 of 2 images failed" in last
+    assert (tmp_path / "out" / "0002-1" / "masks.json").exists()
+
+
 def test_bench_segment_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "figures.json"
     monkeypatch.setattr(
