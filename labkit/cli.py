@@ -217,5 +217,6 @@ def main() -> None:
         print(f"labkit: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("labkit: interrupted; add --resume to go on", file=sys.stderr)
+        hint = "; add --resume to go on" if "train" in sys.argv[1:2] else ""
+        print(f"labkit: interrupted{hint}", file=sys.stderr)
         raise SystemExit(130) from None
