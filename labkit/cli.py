@@ -131,7 +131,7 @@ def segment(
         found.save(folder, name)
         note = f"  [{found.note}]" if found.note else ""
         for answer in found.answers:
-            count = sum(thing.prompt == answer.prompt for thing in found.objects)
+            count = len(found.objects_of(answer.prompt))
             verdict = f"{count} found" if count else f"not found: {answer.reason}"
             print(f"{name}  {answer.prompt!r}  {verdict} (presence {answer.presence:.2f}){note}")
         print(f"{name}  {folder / 'report.html'}")

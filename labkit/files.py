@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, root_cause
 from labkit.transfer import TransferInterrupted, open_session, size, transfer
 
 if TYPE_CHECKING:
@@ -282,10 +282,9 @@ def hub_file(
     try:
         path = Path(hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
     except Exception as error:  # its own, httpx's, hf_xet's and the system's have no common base
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        raise SourceError(f"could not download {filename} of {repo}: {cause}") from error
+        raise SourceError(
+            f"could not download {filename} of {repo}: {root_cause(error)}"
+        ) from error
     if not has_digest(path, digest):
         blob = path.resolve()
         path.unlink()

@@ -237,6 +237,13 @@ def one_line(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that began the chain of explicit causes of `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def shows_progress() -> bool:
     """Whether somebody can see a progress bar: in a notebook or a terminal, not in a log file."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()

@@ -7,7 +7,6 @@ Interrupted, the same command goes on. `labkit/assets/clipseg-tiny` then gets th
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from scene_cache import SceneCache
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trainer import Trainer
+from trainer import Trainer, options
 from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
@@ -232,18 +231,7 @@ def mask_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Train to the end, then write the assets."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/training/clipseg"))
-    parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=3_200)
-    parser.add_argument("--pictures", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = options(__doc__, out="clipseg", steps=3_200, pictures=32, each="questions", count=4)
     tokens = tokenizer()
     config = configuration(len(tokens), tokens.eos_token_id)
     trainer = Trainer(Network(config), arguments.out, steps=arguments.steps, rate=arguments.rate)

@@ -7,7 +7,6 @@ Interrupted, the same command goes on. `labkit/assets/sam2-tiny` then gets the a
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from scene_cache import SceneCache
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trainer import Trainer
+from trainer import Trainer, options
 
 from labkit.object_scenes import CALIBRATION_SEED, TRAINING_SEED
 
@@ -190,18 +189,7 @@ def true_iou(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Train to the end, then write the assets."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/training/sam2"))
-    parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=2_600)
-    parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = options(__doc__, out="sam2", steps=2_600, pictures=16, each="prompts", count=6)
     pictures, prompts = arguments.pictures, arguments.prompts
     batches = Batches(
         SceneCache(arguments.out.parent, arguments.scenes, seed=TRAINING_SEED), pictures, prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -16,6 +17,28 @@ from labkit.files import atomic_file
 
 SAVE_SECONDS = 120
 AVERAGING = 0.998
+
+
+def options(
+    description: str | None, *, out: str, steps: int, pictures: int, each: str, count: int
+) -> argparse.Namespace:
+    """The command line of a training, with threads set, the random seed too, and its folder made.
+
+    `each` names how many of them there are for a picture, by default `count`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("runs/training") / out)
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--pictures", type=int, default=pictures)
+    parser.add_argument(f"--{each}", type=int, default=count)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments
 
 
 def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:

@@ -21,7 +21,7 @@ from labkit.classify.vit import (
     evaluating,
     has_attention,
 )
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, root_cause
 
 __all__ = ["UpsampledBackbone", "attention_rollout", "build_model", "has_attention", "model_for"]
 
@@ -105,22 +105,20 @@ def _timm_error(name: str, options: Options, error: Exception) -> Exception:
     """The error to report when timm could not make `name`."""
     if options.get("pretrained") and not isinstance(error, TypeError):
         return SourceError(
-            f"the pretrained weights of {name!r} could not be had: {_root_cause(error)}. Connect "
+            f"the pretrained weights of {name!r} could not be had: {_told(error)}. Connect "
             "to the internet once (they are cached from then on), point HF_HOME at a folder that "
             "holds them, or train from scratch: pretrained=False, or a model such as 'vit'."
         )
     return InputError(
-        f"timm cannot build {name!r} with {options}: {_root_cause(error)}; "
-        "change or drop these options"
+        f"timm cannot build {name!r} with {options}: {_told(error)}; change or drop these options"
     )
 
 
-def _root_cause(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     """First line of the exception that began the chain, with its type."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
+    cause = root_cause(error)
+    lines = str(cause).strip().splitlines() or ["no message"]
+    return f"{type(cause).__name__}: {lines[0].rstrip('.')}"
 
 
 def _ours(name: str, network: type[nn.Module]) -> Callable[[int, int, Options], nn.Module]:

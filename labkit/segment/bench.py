@@ -114,8 +114,9 @@ def _row(
     whole = truth.any(axis=0)
     there = len(truth) > 0
     answer = gated.answer(sentence)
-    masks = gated.masks[[thing.prompt == sentence for thing in gated.objects]]
-    union = masks.any(axis=0) if len(masks) else np.zeros_like(whole)
+    found = [thing.mask for thing in gated.objects_of(sentence)]
+    masks = np.array(found, dtype=bool).reshape(-1, *whole.shape)
+    union = masks.any(axis=0)
     hits, _, _ = instance_counts(truth, masks, 0.5)
     nothing = float("nan")
     return Row(

@@ -63,7 +63,7 @@ def stages_figure(findings: Findings, *stages: str) -> Figure:
     figure = blank_figure(len(shown) * (_CELL + 0.3), rows * (tall + 0.75), findings.note)
     grid = figure.subplots(rows, len(shown), squeeze=False)
     for row, answer in zip(grid, findings.answers, strict=True):
-        found = tuple(thing for thing in findings.objects if thing.prompt == answer.prompt)
+        found = findings.objects_of(answer.prompt)
         for axes, stage in zip(row, shown, strict=True):
             draw[stage](axes, image, answer, found)
     return figure

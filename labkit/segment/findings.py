@@ -106,15 +106,22 @@ class Findings:
         asked = ", ".join(repr(answer.prompt) for answer in self.answers)
         raise InputError(f"{prompt!r} was not asked; these were: {asked}")
 
+    def objects_of(self, prompt: str) -> tuple[FoundObject, ...]:
+        """What was found for `prompt`, the best first; empty if it is absent.
+
+        Raises:
+            InputError: it was not asked.
+        """
+        asked = self.answer(prompt).prompt
+        return tuple(thing for thing in self.objects if thing.prompt == asked)
+
     def mask_of(self, prompt: str) -> NDArray[np.bool_]:
         """(H, W) bool: everything that `prompt` names; empty if it is absent.
 
         Raises:
             InputError: it was not asked.
         """
-        asked = self.answer(prompt).prompt
         mask = np.zeros(self.image.shape[:2], dtype=bool)
-        for thing in self.objects:
-            if thing.prompt == asked:
-                mask |= thing.mask
+        for thing in self.objects_of(prompt):
+            mask |= thing.mask
         return mask

@@ -14,6 +14,7 @@ from labkit.segment.findings import Answer, FoundObject
 from labkit.segment.ground import ClipSeg
 from labkit.segment.inquiry import Inquiry, opened, pursued
 from labkit.segment.presence import Evidence, gather, reason, score
+from labkit.segment.prompts import box_of
 from labkit.segment.refine import Candidate, Sam2, enlarged
 from labkit.segment.rle import encode_mask
 from labkit.segment.segmentation import Segmentation
@@ -180,8 +181,7 @@ def checked_sentences(
 def _object(candidate: Candidate, answer: Answer, shape: Sequence[int]) -> FoundObject:
     mask = enlarged(candidate.logits, (shape[0], shape[1]))
     coarse = enlarged(candidate.logits, (answer.heat.shape[0], answer.heat.shape[1]))
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+    box = box_of(mask) if mask.any() else np.zeros(4)
     left, top, right, bottom = (int(edge) for edge in box)
     return FoundObject(
         prompt=answer.prompt,

@@ -6,7 +6,7 @@ at the size of the image. Source: Ravi et al., SAM 2: Segment Anything in Images
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,14 +158,7 @@ class Sam2:
 
     def _alike(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
         """The same for one prompt or more, with as many points each."""
-        parts = in_parts(
-            lambda part: self._decoded(features, prompts[part]),
-            len(prompts),
-            size=_PROMPTS_AT_ONCE,
-            what="prompts",
-        )
-        logits, ious = zip(*parts, strict=True)
-        return np.concatenate(logits), np.concatenate(ious)
+        return _joined(lambda part: self._decoded(features, prompts[part]), len(prompts))
 
     def click(self, features: ImageFeatures, points: NDArray[np.float64]) -> tuple[Logits, Logits]:
         """The same for one foreground point each, without box and mask.
@@ -178,14 +171,9 @@ class Sam2:
             return self.decode(features, [])
         places = torch.from_numpy(points).float()[:, None]
         labels = torch.ones(places.shape[:2], dtype=torch.int32)
-        parts = in_parts(
-            lambda part: self._predicted(features, places[part], labels[part], None),
-            len(points),
-            size=_PROMPTS_AT_ONCE,
-            what="points",
+        return _joined(
+            lambda part: self._predicted(features, places[part], labels[part], None), len(points)
         )
-        logits, ious = zip(*parts, strict=True)
-        return np.concatenate(logits), np.concatenate(ious)
 
     def _decoded(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
         return self._predicted(features, *_as_tensors(prompts))
@@ -295,6 +283,13 @@ def repeats(a: Masks, b: Masks) -> bool:
     common = int((a & b).sum())
     smaller, union = min(int(a.sum()), int(b.sum())), int((a | b).sum())
     return common > _SAME * union or common > _INSIDE * smaller
+
+
+def _joined(predict: Callable[[slice], tuple[Logits, Logits]], count: int) -> tuple[Logits, Logits]:
+    """Logits (N, 4, G, G) and IoUs (N, 4) of `count` prompts, predicted in parts that fit."""
+    parts = in_parts(predict, count, size=_PROMPTS_AT_ONCE, what="prompts")
+    logits, ious = zip(*parts, strict=True)
+    return np.concatenate(logits), np.concatenate(ious)
 
 
 def _as_tensors(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from labkit.files import has_digest, hub_file
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, root_cause
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSegPin:
-    """A CLIPSeg of the hub, or a folder: files as transformers saves them.
+class _Pin:
+    """A repository of the hub at a revision, or a folder, and the digest of the weights in it.
 
-    `digest` is that of `model.safetensors`; in a folder, "" means that it is not checked.
+    In a folder, a digest of "" means that it is not checked.
     """
 
     source: str
@@ -27,7 +27,28 @@ class ClipSegPin:
     @property
     def name(self) -> str:
         """For a reader: the source and its revision."""
-        return _name(self.source, self.revision)
+        if self._is_folder:
+            return f"{Path(self.source).name} (local)"
+        return f"{self.source} at {self.revision[:12]}"
+
+    @property
+    def _is_folder(self) -> bool:
+        return Path(self.source).is_dir()
+
+    def _weights(self, filename: str) -> Path:
+        """The file of the weights, downloaded if need be; then the cache is enough."""
+        if self._is_folder:
+            _check_local(Path(self.source) / filename, self.digest)
+            return Path(self.source) / filename
+        try:
+            return hub_file(self.source, filename, revision=self.revision, digest=self.digest)
+        except SourceError as error:
+            raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSegPin(_Pin):
+    """A CLIPSeg: files as transformers saves them; the digest is that of `model.safetensors`."""
 
     def folder(self) -> Path:
         """The folder that holds the files, downloaded if need be; then the cache is enough.
@@ -35,32 +56,20 @@ class ClipSegPin:
         Raises:
             SourceError: they could not be had, or the weights have another digest.
         """
-        folder = Path(self.source)
-        if folder.is_dir():
-            _check_local(folder / "model.safetensors", self.digest)
-            return folder
-        folder = _snapshot(self.source, self.revision)
-        _hub_weights(self.source, "model.safetensors", self.revision, self.digest)
+        folder = Path(self.source) if self._is_folder else _snapshot(self.source, self.revision)
+        self._weights("model.safetensors")
         return folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sam2Pin:
-    """A SAM-2 checkpoint of the hub, or a file; and the configuration of its architecture.
+class Sam2Pin(_Pin):
+    """A SAM-2 checkpoint, and the configuration of its architecture.
 
     `config` is a YAML file: a path, or a name among those of the sam2 package.
     """
 
-    source: str
     filename: str
     config: str
-    revision: str = "main"
-    digest: str = ""
-
-    @property
-    def name(self) -> str:
-        """For a reader: the source and its revision."""
-        return _name(self.source, self.revision)
 
     def file(self) -> Path:
         """The checkpoint, downloaded and checked if need be.
@@ -68,11 +77,7 @@ class Sam2Pin:
         Raises:
             SourceError: it could not be had, or has another digest.
         """
-        folder = Path(self.source)
-        if folder.is_dir():
-            _check_local(folder / self.filename, self.digest)
-            return folder / self.filename
-        return _hub_weights(self.source, self.filename, self.revision, self.digest)
+        return self._weights(self.filename)
 
     def config_file(self) -> Path:
         """The YAML file of the architecture."""
@@ -223,18 +228,6 @@ def _check_local(file: Path, digest: str) -> None:
         )
 
 
-def _name(source: str, revision: str) -> str:
-    folder = Path(source)
-    return f"{folder.name} (local)" if folder.is_dir() else f"{source} at {revision[:12]}"
-
-
-def _hub_weights(repo: str, filename: str, revision: str, digest: str) -> Path:
-    try:
-        return hub_file(repo, filename, revision=revision, digest=digest)
-    except SourceError as error:
-        raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
-
-
 def _snapshot(repo: str, revision: str) -> Path:
     """The files of `repo` but for its weights, from the hub or, failing that, from its cache."""
     from huggingface_hub import snapshot_download
@@ -243,7 +236,4 @@ def _snapshot(repo: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # its own, httpx's and the system's have no common base
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        raise SourceError(f"could not download {repo}: {cause}. {_REMEDY}") from error
+        raise SourceError(f"could not download {repo}: {root_cause(error)}. {_REMEDY}") from error
