@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from labkit.files import write_json
-from labkit.runtime import device_name, versions
+from labkit.runtime import describe_device, get_versions
 
 
 def rate(run: Callable[[], int]) -> float:
@@ -62,9 +62,9 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = {
         **result,
-        "device": device_name(device),
+        "device": describe_device(device),
         "processor": _processor(),
-        "versions": versions(),
+        "versions": get_versions(),
     }
     write_json(path, full)
     print(json.dumps(full, indent=2))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from labkit import AugmentConfig, Split, TrainConfig, TrainingImages
-from labkit.classify.counter import permutation
+from labkit.rng import permutation
 
 BATCH = 256
 CONFIG = TrainConfig(batch_size=BATCH, augment=AugmentConfig(pad=4, flip="random"))

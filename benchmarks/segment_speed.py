@@ -29,10 +29,10 @@ from PIL import Image
 from standins import SENTENCES, local_profile
 
 from labkit import TextSegmenter
-from labkit.runtime import peak_memory_gib, pick_device
-from labkit.segment.ground import ClipSeg, working_size
+from labkit.runtime import measure_peak_memory, pick_device
+from labkit.segment.clipseg import ClipSeg, working_size
 from labkit.segment.prompts import Prompt
-from labkit.segment.refine import ImageFeatures, Sam2
+from labkit.segment.sam2 import ImageFeatures, Sam2
 
 PHOTO = (720, 1280)  # rows and columns, as in the lab's own example
 LARGE = (3000, 4000)
@@ -180,9 +180,9 @@ def peak_gib_of_many(folder: Path) -> float:
         raise RuntimeError(
             f"peak memory can only be measured on Linux with glibc: {error}"
         ) from error
-    before = peak_memory_gib(CPU)
+    before = measure_peak_memory(CPU)
     found = segmenter.refine(image, SENTENCES[:1], maps, assume_present=True)
-    peak = peak_memory_gib(CPU)
+    peak = measure_peak_memory(CPU)
     if not sam2.prompts == len(found.objects) == MANY:
         raise RuntimeError(f"{sam2.prompts} prompts and {len(found.objects)} masks, not {MANY}")
     return peak - before

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from labkit.segment.refine import build_sam2
-from labkit.segment.weights import Profile, get_profile
+from labkit.segment.checkpoints import Profile, get_profile
+from labkit.segment.sam2 import build_sam2
 
 SIDE = 352
 CLIPSEG_FILES = {

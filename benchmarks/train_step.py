@@ -23,9 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit import TrainingImages, get_preset, load_data
-from labkit.classify.engine import prepare
-from labkit.classify.loop import train_one_epoch
+from labkit.classify.fit import prepare
 from labkit.classify.models import model_for
+from labkit.classify.trainer import train_one_epoch
 from labkit.runtime import World, pick_device, resolve_precision
 
 

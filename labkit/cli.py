@@ -44,8 +44,8 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train a preset, evaluate it once on the test split, and write a report."""
-    from labkit.classify.engine import fit
-    from labkit.classify.presets import get_preset
+    from labkit.classify.config import get_preset
+    from labkit.classify.fit import fit
 
     changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     config = get_preset(
@@ -171,7 +171,7 @@ def bench_segment(
     import time
 
     from labkit.files import write_json
-    from labkit.runtime import device_name, versions
+    from labkit.runtime import describe_device, get_versions
     from labkit.segment.bench import measure_scenes
     from labkit.segment.pipeline import TextSegmenter
 
@@ -181,8 +181,8 @@ def bench_segment(
         "profile": profile,
         **measure_scenes(segmenter, scenes),
         "seconds": round(time.perf_counter() - started, 1),
-        "device": device_name(segmenter.clipseg.device),
-        "versions": versions(),
+        "device": describe_device(segmenter.clipseg.device),
+        "versions": get_versions(),
     }
     print(json.dumps(figures, indent=2))
     if out is not None:
@@ -194,16 +194,16 @@ def doctor() -> None:
     """Show what this machine offers: versions, device, precision, disk and cache."""
     import shutil
 
-    from labkit.files import cache_dir
-    from labkit.runtime import device_name, pick_device, resolve_precision, versions
+    from labkit.files import get_cache_dir
+    from labkit.runtime import describe_device, get_versions, pick_device, resolve_precision
 
     device = pick_device()
-    cache = cache_dir()
+    cache = get_cache_dir()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    for name, version in versions().items():
+    for name, version in get_versions().items():
         print(f"{name:<14}{version}")
-    print(f"{'device':<14}{device_name(device)}")
+    print(f"{'device':<14}{describe_device(device)}")
     print(f"{'precision':<14}{resolve_precision('auto', device).name}")
     print(f"{'disk':<14}{shutil.disk_usage(existing).free / 2**30:.1f} GiB free at {existing}")
     print(f"{'cache':<14}{size / 2**20:.0f} MiB in {cache}")

@@ -1,24 +1,20 @@
-"""What procedural pictures are drawn with: shapes, textures, and random numbers of their own.
+"""What procedural pictures are drawn with: shapes and textures.
 
 Shapes are signed distance functions: negative inside, in units of the shape's radius, y upwards.
-They are evaluated for a whole batch at once and turned into anti-aliased coverage. Every random
-number is a function of (seed, picture, stream), so that no picture depends on the others.
+They are evaluated for a whole batch at once and turned into anti-aliased coverage.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Keys = npt.NDArray[np.uint64]
-Images = npt.NDArray[np.uint8]
+from labkit.rng import Floats, Keys, draw_uniform
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+Images = npt.NDArray[np.uint8]
 
 
 def norm(x: Floats, y: Floats) -> Floats:
@@ -113,7 +109,7 @@ def paint(image: Floats, colour: Floats, opacity: Floats) -> Floats:
 
 def clouds(keys: Keys, name: str, side: int) -> Floats:
     """Smooth noise (B, 1, side, side) in [-0.5, 0.5], between random values at 6 by 6 nodes."""
-    values = uniform(keys, f"{name} clouds", 1, 6, 6) - 0.5
+    values = draw_uniform(keys, f"{name} clouds", 1, 6, 6) - 0.5
     places = np.linspace(0, 5, side, endpoint=False, dtype=np.float32)
     node = places.astype(np.int64)
     share = (places - node).astype(np.float32)
@@ -127,38 +123,3 @@ def pixel_grid(side: int) -> tuple[Floats, Floats]:
     """Pixel centres seen from mid-picture, x to the right (W,), y upwards (H, 1)."""
     centres = np.arange(side, dtype=np.float32) - (side - 1) / 2
     return centres, -centres[:, None]
-
-
-def between(keys: Keys, stream: str, low: float, high: float) -> Floats:
-    """One number in [low, high) for each key: (B, 1, 1, 1)."""
-    return low + (high - low) * uniform(keys, stream, 1, 1, 1)
-
-
-def uniform(keys: Keys, stream: str, *shape: int) -> Floats:
-    """Numbers in [0, 1), multiples of 2**-24: (B, *shape)."""
-    whole = (bits(keys, stream, *shape) >> np.uint64(40)).astype(np.float32)
-    return whole * 2**-24
-
-
-def bits(keys: Keys, stream: str, *shape: int) -> Keys:
-    """64 random bits each: (B, *shape)."""
-    starts = _mix(keys ^ _hash(stream))
-    steps = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GAMMA
-    return _mix(starts[:, None] + steps).reshape(-1, *shape)
-
-
-def keys_of(seed: int, stream: str, numbers: Keys) -> Keys:
-    """A key (B,) for each of `numbers` (B,)."""
-    return _mix(numbers * _GAMMA + _hash(f"{seed % 2**64} {stream}"))
-
-
-def _hash(text: str) -> np.uint64:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
-
-
-def _mix(state: Keys) -> Keys:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from labkit.runtime import InputError, SourceError, root_cause
+from labkit.runtime import InputError, SourceError, find_root_cause
 from labkit.transfer import TransferInterrupted, open_session, size, transfer
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 NO_SUCH_FEATURE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
-def cache_dir() -> Path:
+def get_cache_dir() -> Path:
     """Where decoded data and downloads live: `LABKIT_CACHE`, else `~/.cache/labkit`."""
     return Path(os.environ.get("LABKIT_CACHE") or Path.home() / ".cache" / "labkit")
 
@@ -44,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that takes the name `path`, complete and durable, when the block ends.
 
     An exception inside the block leaves whatever was at `path` untouched and nothing else behind.
@@ -79,7 +79,7 @@ def _unwritable(path: Path, error: OSError) -> SourceError:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
-    with atomic_file(path) as file:
+    with open_atomic(path) as file:
         file.write(text.encode())
 
 
@@ -93,7 +93,7 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def checksum(path: Path, algorithm: str = "sha256") -> str:
+def compute_checksum(path: Path, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of the file at `path`."""
     digest = hashlib.new(algorithm)
     with path.open("rb") as file:
@@ -118,10 +118,10 @@ def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
     """
     names = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     for name in sorted(names):
-        digest = f"sha256:{checksum(source / name)}"
+        digest = f"sha256:{compute_checksum(source / name)}"
         if has_digest(target / name, digest):
             continue
-        with atomic_file(target / name) as file, (source / name).open("rb") as original:
+        with open_atomic(target / name) as file, (source / name).open("rb") as original:
             shutil.copyfileobj(original, file)
         if not has_digest(target / name, digest):
             raise SourceError(f"{target / name} does not read back as written; is the drive full?")
@@ -130,7 +130,7 @@ def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def drive_folder(name: Path | str) -> Path:
+def mount_drive(name: Path | str) -> Path:
     """The folder `labkit/<name>` of the user's Google Drive, mounted if it is not yet.
 
     Raises:
@@ -155,11 +155,11 @@ def has_digest(path: Path, digest: str) -> bool:
     algorithm, _, expected = digest.partition(":")
     if algorithm not in hashlib.algorithms_available or not expected:
         raise InputError(f"digest must look like 'sha256:1f3a...', got {digest!r}")
-    return path.is_file() and checksum(path, algorithm) == expected.lower()
+    return path.is_file() and compute_checksum(path, algorithm) == expected.lower()
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock_file(path: Path) -> Iterator[None]:
     """Let one process at a time work on `path`; the others wait at the start of the block.
 
     Where the file system knows no locks nobody waits, so the work must also be atomic.
@@ -215,7 +215,7 @@ def download(
     part = path.with_name(path.name + ".part")
     if has_digest(path, digest):
         return path
-    with open_session(url) as session, locked(path):
+    with open_session(url) as session, lock_file(path):
         if has_digest(path, digest):
             return path
         try:
@@ -260,7 +260,7 @@ def _complete(
                 raise SourceError(f"{url} arrived with a wrong checksum (expected {digest})")
 
 
-def hub_file(
+def download_from_hub(
     repo: str, filename: str, *, revision: str, digest: str, repo_type: str = "model"
 ) -> Path:
     """A checked file of the Hugging Face hub, from the hub's own cache if it is there.
@@ -283,7 +283,7 @@ def hub_file(
         path = Path(hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
     except Exception as error:  # its own, httpx's, hf_xet's and the system's have no common base
         raise SourceError(
-            f"could not download {filename} of {repo}: {root_cause(error)}"
+            f"could not download {filename} of {repo}: {find_root_cause(error)}"
         ) from error
     if not has_digest(path, digest):
         blob = path.resolve()

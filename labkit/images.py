@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.runtime import InputError, LabkitError, SourceError, one_line
+from labkit.runtime import InputError, LabkitError, SourceError, as_one_line
 from labkit.web import fetch
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def describe(source: ImageSource) -> str:
         name = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", name)[0])
     else:
         name = os.path.basename(os.path.normpath(name))
-    return one_line(name)
+    return as_one_line(name)
 
 
 def _is_url(text: str) -> bool:
@@ -157,9 +157,9 @@ def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here or harmless
             if isinstance(source, Image.Image):
-                return _from_picture(source, label, max_pixels)
+                return to_rgb(source, label, max_pixels=max_pixels)
             with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-                return _from_picture(image, label, max_pixels)
+                return to_rgb(image, label, max_pixels=max_pixels)
     except LabkitError:
         raise
     except UnidentifiedImageError as error:
@@ -171,12 +171,14 @@ def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray
         raise InputError(f"{label} has too many pixels: {error} Make it smaller.") from error
     except Exception as error:  # the decoders' errors have no common base
         raise InputError(
-            f"{label} is damaged or cut short ({one_line(error)}); save or download it again"
+            f"{label} is damaged or cut short ({as_one_line(error)}); save or download it again"
         ) from error
 
 
-def _from_picture(image: Image.Image, label: str, max_pixels: int) -> NDArray[np.uint8]:
-    """The pixels of `image` in any mode, upright."""
+def to_rgb(
+    image: Image.Image, label: str = "image", *, max_pixels: int = 100_000_000
+) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3) uint8 RGB of a Pillow image in any mode, upright."""
     _check_pixels(*image.size, label, max_pixels)
     image.load()
     if image.mode == "I":

@@ -13,30 +13,62 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.drawing import (
-    SHAPES,
-    Floats,
-    Keys,
-    between,
-    clouds,
-    coverage,
-    keys_of,
-    paint,
-    pixel_grid,
-    uniform,
-)
+from labkit.drawing import SHAPES, clouds, coverage, paint, pixel_grid
+from labkit.rng import Floats, Keys, draw_between, draw_uniform, make_keys
 from labkit.runtime import InputError
-from labkit.scene_words import (
-    SCENE_COLOURS,
-    SCENE_PATTERNS,
-    SCENE_SENTENCES,
-    SCENE_SHAPES,
-    SceneObject,
-    one_word_apart,
-)
 
 TRAINING_SEED, CALIBRATION_SEED, EVALUATION_SEED = 1, 2, 3
 """Scenes of one seed serve one purpose: what is evaluated on was never trained or tuned on."""
+
+SCENE_SHAPES = ("circle", "square", "triangle", "star")
+SCENE_PATTERNS = ("plain", "striped", "dotted")
+SCENE_COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.13, 0.13),
+    "yellow": (0.93, 0.82, 0.12),
+    "green": (0.13, 0.62, 0.20),
+    "blue": (0.15, 0.30, 0.88),
+    "purple": (0.62, 0.20, 0.75),
+    "white": (0.94, 0.94, 0.94),
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """What an object looks like, in the words that sentences use."""
+
+    shape: str
+    colour: str
+    pattern: str
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The four sentences that name the object, from the least to the most specific."""
+        return (
+            self.shape,
+            f"{self.colour} {self.shape}",
+            f"{self.pattern} {self.shape}",
+            f"{self.colour} {self.pattern} {self.shape}",
+        )
+
+
+SCENE_SENTENCES: tuple[str, ...] = tuple(
+    sorted(
+        {
+            sentence
+            for shape in SCENE_SHAPES
+            for colour in SCENE_COLOURS
+            for pattern in SCENE_PATTERNS
+            for sentence in SceneObject(shape, colour, pattern).sentences
+        }
+    )
+)
+
+
+def one_word_apart(first: str, second: str) -> bool:
+    """Whether the sentences are as long as each other and differ in one word."""
+    a, b = first.split(), second.split()
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1
+
 
 _MOST_OBJECTS = 5
 _LEAST_VISIBLE = 0.65
@@ -115,7 +147,7 @@ class _Placed:
     angle: float
 
 
-def object_scene(number: int, *, seed: int, side: int = 128) -> Scene:
+def make_object_scene(number: int, *, seed: int, side: int = 128) -> Scene:
     """Scene `number` of the endless data set that `seed` names.
 
     Args:
@@ -131,7 +163,7 @@ def object_scene(number: int, *, seed: int, side: int = 128) -> Scene:
     return _render(key, placed, side)
 
 
-def object_clip(number: int, *, seed: int, frames: int = 16, side: int = 128) -> Clip:
+def make_object_clip(number: int, *, seed: int, frames: int = 16, side: int = 128) -> Clip:
     """The objects of scene `number` in motion: each on a straight line, reflected at the border.
 
     They pass in front of each other, so that an object may be hidden for a while.
@@ -159,18 +191,18 @@ def _scene_key(number: int, seed: int, side: int) -> Keys:
         raise InputError(f"number must be at least 0, got {number}")
     if side < 64:
         raise InputError(f"side must be at least 64 pixels, got {side}")
-    return keys_of(seed, "scene", np.array([number], dtype=np.uint64))
+    return make_keys(seed, "scene", np.array([number], dtype=np.uint64))
 
 
 def _drawn(seed: int, stream: str, choices: tuple[str, ...], count: int) -> tuple[str, ...]:
     """`count` of `choices` at random, without repetition."""
-    key = keys_of(seed, stream, np.array([0], dtype=np.uint64))
-    order = np.argsort(uniform(key, "order", max(len(choices), 1))[0], kind="stable")
+    key = make_keys(seed, stream, np.array([0], dtype=np.uint64))
+    order = np.argsort(draw_uniform(key, "order", max(len(choices), 1))[0], kind="stable")
     return tuple(choices[index] for index in order[:count] if choices)
 
 
 def _number(key: Keys, stream: str, low: float, high: float) -> float:
-    return float(between(key, stream, low, high).item())
+    return float(draw_between(key, stream, low, high).item())
 
 
 def _choice(key: Keys, stream: str, choices: tuple[str, ...]) -> str:
@@ -194,7 +226,7 @@ def _layout(key: Keys, side: int) -> tuple[list[_Placed], list[NDArray[np.bool_]
 
 
 def _proposal(key: Keys, name: str, side: int) -> _Placed:
-    own = keys_of(int(key[0]), name, np.array([0], dtype=np.uint64))
+    own = make_keys(int(key[0]), name, np.array([0], dtype=np.uint64))
     radius = side * _number(own, "radius", 0.15, 0.25)
     room = side / 2 - 0.85 * radius
     looks = SceneObject(
@@ -251,7 +283,7 @@ def _render(key: Keys, placed: list[_Placed], side: int) -> Scene:
         masks[index] = covered > 0.5
         masks[:index] &= ~masks[index]
     grain = _number(key, "grain", 0.02, 0.08)
-    noise = uniform(key, "noise", side, side, 1)[0] - 0.5
+    noise = draw_uniform(key, "noise", side, side, 1)[0] - 0.5
     levels = image.transpose(1, 2, 0) * _number(key, "light", 0.85, 1.08) + grain * noise
     pixels = (np.clip(levels, 0, 1) * 255 + 0.5).astype(np.uint8)
     return Scene(pixels, masks, tuple(thing.looks for thing in placed))
@@ -260,7 +292,7 @@ def _render(key: Keys, placed: list[_Placed], side: int) -> Scene:
 def _ground(key: Keys, x: Floats, y: Floats, side: int) -> Floats:
     """A dull, cloudy, ribbed ground: (3, H, W)."""
     grey = _number(key, "ground", 0.25, 0.55)
-    tint = 0.12 * (uniform(key, "tint", 3, 1, 1)[0] - 0.5)
+    tint = 0.12 * (draw_uniform(key, "tint", 3, 1, 1)[0] - 0.5)
     cloud = _number(key, "cloudiness", 0.1, 0.35) * clouds(key, "ground", side)[0]
     angle = _number(key, "ribs angle", 0, math.pi)
     wave = 2 * math.pi / (side * _number(key, "ribs", 0.05, 0.2))
@@ -284,7 +316,7 @@ def _cover(thing: _Placed, x: Floats, y: Floats) -> Floats:
 
 def _surface(thing: _Placed, x: Floats, y: Floats) -> Floats:
     """Colour (3, H, W) of the object, everywhere: its hue, shaded, under its pattern."""
-    jitter = 0.1 * (uniform(thing.key, "hue", 3)[0] - 0.5)
+    jitter = 0.1 * (draw_uniform(thing.key, "hue", 3)[0] - 0.5)
     colour = np.array(SCENE_COLOURS[thing.looks.colour], dtype=np.float32) + jitter
     across, along = _local(thing, x, y)
     shade = 1 + 0.15 * np.clip(along * _number(thing.key, "shade", -1, 1), -1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import random
@@ -11,15 +12,18 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+logger = logging.getLogger(__name__)
 
 _GPU_REMEDY = (
     "In Colab: Runtime > Change runtime type > T4 GPU. On a CPU use precision='fp32' or 'auto'."
@@ -40,6 +44,10 @@ class SourceError(LabkitError, OSError):
 
 class TrainingError(LabkitError, RuntimeError):
     """A training run that can not, or should not, go on."""
+
+
+class OutOfMemoryError(LabkitError, MemoryError):
+    """The device has no room even for the smallest part of the work."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -110,7 +118,7 @@ def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
 
 
 @contextlib.contextmanager
-def scoped_seed(seed: int) -> Iterator[None]:
+def use_seed(seed: int) -> Iterator[None]:
     """Seed Python, NumPy and torch inside the block and leave all three as found after it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_devices = range(torch.cuda.device_count())
@@ -138,7 +146,7 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
+def defer_interrupt() -> Iterator[Interrupt]:
     """Hold back Ctrl-C (in a notebook: Interrupt) and SIGTERM, so that a step can be finished.
 
     A second signal is not held back. Outside the main thread, where Python delivers no signals,
@@ -171,7 +179,7 @@ class World:
     local_rank: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process is the one that writes files and shows progress."""
         return self.rank == 0
 
@@ -202,7 +210,53 @@ class World:
             torch.distributed.destroy_process_group()
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def run_in_parts(work: Callable[[slice], T], count: int, *, size: int, what: str) -> list[T]:
+    """What `work` returns for consecutive slices that cover range(count), in order.
+
+    A part for which there is no memory is tried again at half its size, and so are those after it.
+
+    Args:
+        work: gets a slice of at most `size` items.
+        count: number of items; 0 gives an empty list.
+        size: items of the largest part, at least 1.
+        what: the items, in the plural, for messages.
+
+    Raises:
+        OutOfMemoryError: there is no memory for a single item.
+    """
+    done: list[T] = []
+    start = 0
+    while start < count:
+        part = slice(start, min(start + size, count))
+        try:
+            done.append(work(part))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise OutOfMemoryError(
+                    f"no memory left for {what}, even one at a time. "
+                    "Use a smaller checkpoint or image, or device='cpu'."
+                ) from error
+            size = max(1, min(size, part.stop - part.start) // 2)
+        else:
+            start = part.stop
+            continue
+        # Outside the handler: the traceback that holds on to the memory is gone.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("not enough memory: going on with %d %s at a time", size, what)
+    return done
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU, or the machine, has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error) or "out of memory" in str(error)
+    )
+
+
+def measure_peak_memory(device: torch.device) -> float:
     """Peak memory so far in GiB: of `device` if it is a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -230,14 +284,14 @@ def gpu_advice(device: torch.device, work: str = "training") -> str:
     )
 
 
-def one_line(value: object) -> str:
+def as_one_line(value: object) -> str:
     """`value` as one short, printable line; the name of its type where it says nothing."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value))
     text = " ".join(text.split()) or type(value).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def root_cause(error: BaseException) -> BaseException:
+def find_root_cause(error: BaseException) -> BaseException:
     """The exception that began the chain of explicit causes of `error`."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -249,14 +303,14 @@ def shows_progress() -> bool:
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 
-def device_name(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """A name a reader recognises: the GPU's, or the processor architecture and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     """Installed versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in ("labkit", "torch", "torchvision", "timm", "transformers", "numpy", "sam2"):

@@ -7,21 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from labkit.drawing import (
-    SHAPES,
-    Floats,
-    Images,
-    Keys,
-    between,
-    bits,
-    clouds,
-    coverage,
-    keys_of,
-    norm,
-    paint,
-    pixel_grid,
-    uniform,
-)
+from labkit.drawing import SHAPES, Images, clouds, coverage, norm, paint, pixel_grid
+from labkit.rng import Floats, Keys, draw_between, draw_bits, draw_uniform, make_keys
 from labkit.runtime import InputError
 
 Labels = npt.NDArray[np.int64]
@@ -33,7 +20,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32).reshape(3, 1, 1)
 SCENE_CLASSES: tuple[str, ...] = tuple(SHAPES)
 
 
-def classification_scenes(count: int, *, seed: int, start: int = 0) -> tuple[Images, Labels]:
+def make_classification_scenes(count: int, *, seed: int, start: int = 0) -> tuple[Images, Labels]:
     """Pictures `start` ... `start + count - 1` of the endless data set that `seed` names.
 
     Each shows one object of its class near the middle, tilted by up to 90 degrees, in any colour,
@@ -58,7 +45,7 @@ def classification_scenes(count: int, *, seed: int, start: int = 0) -> tuple[Ima
         raise InputError(f"start must be at least 0, got {start}")
     numbers = np.arange(start, start + count, dtype=np.uint64)
     labels = _labels(numbers, seed)
-    keys = keys_of(seed, "picture", numbers)
+    keys = make_keys(seed, "picture", numbers)
     images = np.empty((count, _SIDE, _SIDE, 3), dtype=np.uint8)
     for first in range(0, count, _BATCH):
         batch = slice(first, first + _BATCH)
@@ -69,7 +56,7 @@ def classification_scenes(count: int, *, seed: int, start: int = 0) -> tuple[Ima
 def _labels(numbers: Keys, seed: int) -> Labels:
     """Labels (B,) of the pictures `numbers` (B,)."""
     tens, places = np.divmod(numbers, np.uint64(len(SCENE_CLASSES)))
-    draws = uniform(keys_of(seed, "labels", tens), "order", len(SCENE_CLASSES))
+    draws = draw_uniform(make_keys(seed, "labels", tens), "order", len(SCENE_CLASSES))
     orders: Labels = np.argsort(draws, axis=1, kind="stable").astype(np.int64)
     return np.take_along_axis(orders, places.astype(np.int64)[:, None], axis=1)[:, 0]
 
@@ -77,13 +64,13 @@ def _labels(numbers: Keys, seed: int) -> Labels:
 def _draw(keys: Keys, labels: Labels) -> Images:
     """Pictures (B, 32, 32, 3), one for each key and label."""
     x, y = pixel_grid(_SIDE)
-    dark = between(keys, "dark", 0.12, 0.5)
-    light = dark + between(keys, "difference", 0.22, 0.42)
-    lighter = between(keys, "polarity", 0, 1) < 0.9
+    dark = draw_between(keys, "dark", 0.12, 0.5)
+    light = dark + draw_between(keys, "difference", 0.22, 0.42)
+    lighter = draw_between(keys, "polarity", 0, 1) < 0.9
     image = _surface(keys, "background", np.where(lighter, dark, light), x, y)
-    image = image + between(keys, "cloudiness", 0.05, 0.3) * clouds(keys, "background", _SIDE)
+    image = image + draw_between(keys, "cloudiness", 0.05, 0.3) * clouds(keys, "background", _SIDE)
     for name in ("stroke 1", "stroke 2", "stroke 3"):
-        opacity = between(keys, f"{name} opacity", 0.3, 0.9) * _stroke(keys, name, x, y)
+        opacity = draw_between(keys, f"{name} opacity", 0.3, 0.9) * _stroke(keys, name, x, y)
         image = paint(image, _any_colour(keys, name), opacity)
     surface = _surface(keys, "object", np.where(lighter, light, dark), x, y)
     image = paint(image, surface, _object(keys, labels, x, y))
@@ -93,15 +80,15 @@ def _draw(keys: Keys, labels: Labels) -> Images:
 
 def _object(keys: Keys, labels: Labels, x: Floats, y: Floats) -> Floats:
     """Coverage (B, 1, H, W) of the object that each label names."""
-    radius = between(keys, "radius", 8, 13.5)
+    radius = draw_between(keys, "radius", 8, 13.5)
     room = 0.55 * (_SIDE / 2 - 0.9 * radius)
-    x = x - room * between(keys, "x", -1, 1)
-    y = y - room * between(keys, "y", -1, 1)
-    angle = between(keys, "angle", -math.pi / 2, math.pi / 2)
-    side = np.copysign(1, between(keys, "side", -1, 1))
+    x = x - room * draw_between(keys, "x", -1, 1)
+    y = y - room * draw_between(keys, "y", -1, 1)
+    angle = draw_between(keys, "angle", -math.pi / 2, math.pi / 2)
+    side = np.copysign(1, draw_between(keys, "side", -1, 1))
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius * side
     across = (y * np.cos(angle) - x * np.sin(angle)) / radius
-    stretch = between(keys, "stretch", 0.92, 1.09)
+    stretch = draw_between(keys, "stretch", 0.92, 1.09)
     along, across = along * stretch, across / stretch
     distance = np.empty_like(along)
     for label, shape in enumerate(SHAPES.values()):
@@ -112,39 +99,39 @@ def _object(keys: Keys, labels: Labels, x: Floats, y: Floats) -> Floats:
 
 def _stroke(keys: Keys, name: str, x: Floats, y: Floats) -> Floats:
     """Coverage (B, 1, H, W) of a line with round ends."""
-    x = x - between(keys, f"{name} x", -16, 16)
-    y = y - between(keys, f"{name} y", -16, 16)
-    angle = between(keys, f"{name} angle", 0, math.pi)
-    length = between(keys, f"{name} length", 2, 14)
+    x = x - draw_between(keys, f"{name} x", -16, 16)
+    y = y - draw_between(keys, f"{name} y", -16, 16)
+    angle = draw_between(keys, f"{name} angle", 0, math.pi)
+    length = draw_between(keys, f"{name} length", 2, 14)
     along = x * np.cos(angle) + y * np.sin(angle)
     across = y * np.cos(angle) - x * np.sin(angle)
     beyond = along - np.clip(along, -length, length)
-    return coverage(norm(beyond, across) - between(keys, f"{name} width", 0.5, 1.8))
+    return coverage(norm(beyond, across) - draw_between(keys, f"{name} width", 0.5, 1.8))
 
 
 def _spot(keys: Keys, name: str, x: Floats, y: Floats) -> Floats:
     """Coverage (B, 1, H, W) of a small disc."""
-    x = x - between(keys, f"{name} x", -14, 14)
-    y = y - between(keys, f"{name} y", -14, 14)
-    return coverage(norm(x, y) - between(keys, f"{name} radius", 1, 2.5))
+    x = x - draw_between(keys, f"{name} x", -14, 14)
+    y = y - draw_between(keys, f"{name} y", -14, 14)
+    return coverage(norm(x, y) - draw_between(keys, f"{name} radius", 1, 2.5))
 
 
 def _colour(keys: Keys, name: str, luminance: Floats) -> Floats:
     """Colours (B, 3, 1, 1) of a luminance (B, 1, 1, 1), of any hue and saturation."""
-    chroma = uniform(keys, f"{name} hue", 3, 1, 1)
+    chroma = draw_uniform(keys, f"{name} hue", 3, 1, 1)
     chroma = chroma - (chroma * _LUMA).sum(axis=1, keepdims=True)
-    colour: Floats = luminance + between(keys, f"{name} saturation", 0.1, 0.9) * chroma
+    colour: Floats = luminance + draw_between(keys, f"{name} saturation", 0.1, 0.9) * chroma
     return colour
 
 
 def _any_colour(keys: Keys, name: str) -> Floats:
-    return _colour(keys, name, between(keys, f"{name} luminance", 0.15, 0.85))
+    return _colour(keys, name, draw_between(keys, f"{name} luminance", 0.15, 0.85))
 
 
 def _surface(keys: Keys, name: str, luminance: Floats, x: Floats, y: Floats) -> Floats:
     """A colour of that `luminance` mid-picture, and a gradient away from there: (B, 3, H, W)."""
-    angle = between(keys, f"{name} angle of gradient", -math.pi, math.pi)
-    slope = uniform(keys, f"{name} gradient", 3, 1, 1) * (0.3 / _SIDE)
+    angle = draw_between(keys, f"{name} angle of gradient", -math.pi, math.pi)
+    slope = draw_uniform(keys, f"{name} gradient", 3, 1, 1) * (0.3 / _SIDE)
     gradient: Floats = slope * (x * np.cos(angle) + y * np.sin(angle))
     return _colour(keys, name, luminance) + gradient
 
@@ -152,11 +139,11 @@ def _surface(keys: Keys, name: str, luminance: Floats, x: Floats, y: Floats) -> 
 def _expose(image: Floats, keys: Keys) -> Images:
     """Contrast, brightness and noise: (B, 3, H, W) in about [0, 1] to (B, H, W, 3)."""
     contrast, brightness = (
-        between(keys, "contrast", 0.6, 1.2),
-        between(keys, "brightness", 0.4, 0.6),
+        draw_between(keys, "contrast", 0.6, 1.2),
+        draw_between(keys, "brightness", 0.4, 0.6),
     )
     image = (image - 0.5) * contrast + brightness
     height, width = image.shape[2:]
-    noise = bits(keys, "noise", height, width, 1).view(np.uint16)[..., :3] * np.float32(2**-16)
-    levels = image.transpose(0, 2, 3, 1) + between(keys, "grain", 0.02, 0.2) * (noise - 0.5)
+    noise = draw_bits(keys, "noise", height, width, 1).view(np.uint16)[..., :3] * np.float32(2**-16)
+    levels = image.transpose(0, 2, 3, 1) + draw_between(keys, "grain", 0.02, 0.2) * (noise - 0.5)
     return (np.clip(levels, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -59,14 +59,14 @@ class _Scores(Protocol):
     def recall(self) -> float: ...
 
 
-def image_grid(
+def plot_images(
     images: NDArray[np.uint8], titles: Sequence[str] = (), *, columns: int = 10, note: str = ""
 ) -> Figure:
     """`images` in rows of `columns`, each under its title; pixels stay squares."""
     return _gallery(images, titles, columns, note=note)
 
 
-def learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> Figure:
+def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> Figure:
     """Loss, accuracy and learning rate by epoch.
 
     A row holds `epoch` (from 1), `train_loss`, `train_accuracy` in [0, 1], `learning_rate` and,
@@ -77,7 +77,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> F
     """
     if not history:
         raise InputError("history has no rows; a run must finish an epoch before it has curves")
-    figure = blank_figure(10.5, 3.0, note)
+    figure = create_figure(10.5, 3.0, note)
     loss, accuracy, rate = figure.subplots(1, 3)
     for part, colour in (("train", BLUE), ("validation", RED)):
         _curve(loss, history, f"{part}_loss", 1.0, colour, part)
@@ -94,7 +94,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> F
     return figure
 
 
-def confusion_figure(confusion: ArrayLike, classes: Sequence[str], note: str = "") -> Figure:
+def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: str = "") -> Figure:
     """Confusion matrix (C, C) of counts, true classes as rows, coloured by share of its row.
 
     The colour scale is the square root of the share, so that rare confusions can be seen. Counts
@@ -108,7 +108,7 @@ def confusion_figure(confusion: ArrayLike, classes: Sequence[str], note: str = "
         raise InputError(f"confusion must be {size} × {size} for its classes, got {counts.shape}")
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(0.5 * size, 2.5, 10.0))
-    figure = blank_figure(side + 2.0, side + 1.0, note)
+    figure = create_figure(side + 2.0, side + 1.0, note)
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
     _style(axes, "Confusion", "predicted class", "true class")
@@ -135,13 +135,13 @@ def confusion_figure(confusion: ArrayLike, classes: Sequence[str], note: str = "
     return figure
 
 
-def reliability_figure(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure:
+def plot_reliability(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure:
     """Accuracy against confidence, with the share of predictions in each bin below.
 
     A bar is the accuracy of a bin, the hatched part what separates it from the mean confidence;
     `ece` in [0, 1] goes into the title.
     """
-    figure = blank_figure(4.6, 5.2, note)
+    figure = create_figure(4.6, 5.2, note)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     low = np.array([row.low for row in bins])
     width = np.array([row.high for row in bins]) - low
@@ -162,10 +162,10 @@ def reliability_figure(bins: Sequence[_Bin], ece: float, note: str = "") -> Figu
     return figure
 
 
-def per_class_figure(scores: Sequence[_Scores], note: str = "") -> Figure:
+def plot_class_scores(scores: Sequence[_Scores], note: str = "") -> Figure:
     """Recall and precision of each class, the best recall at the top."""
     ordered = sorted(scores, key=lambda row: row.recall)
-    figure = blank_figure(6.5, 0.9 + 0.36 * max(len(ordered), 1), note)
+    figure = create_figure(6.5, 0.9 + 0.36 * max(len(ordered), 1), note)
     axes = figure.subplots()
     place = np.arange(len(ordered))
     for name, shift, colour in (("recall", 0.19, BLUE), ("precision", -0.19, AMBER)):
@@ -181,7 +181,7 @@ def per_class_figure(scores: Sequence[_Scores], note: str = "") -> Figure:
     return figure
 
 
-def mistakes_figure(
+def plot_mistakes(
     images: NDArray[np.uint8],
     labels: Sequence[int] | NDArray[np.integer[Any]],
     predictions: Sequence[int] | NDArray[np.integer[Any]],
@@ -195,7 +195,7 @@ def mistakes_figure(
     return _gallery(images, titles, 6, cell=1.35, note=note)
 
 
-def attention_figure(
+def plot_attention(
     images: NDArray[np.uint8],
     maps: NDArray[np.floating[Any]],
     titles: Sequence[str] = (),
@@ -226,7 +226,7 @@ def attention_figure(
     return figure
 
 
-def augmentation_figure(
+def plot_augmentations(
     original: NDArray[np.uint8], variants: NDArray[np.uint8], note: str = ""
 ) -> Figure:
     """Each original (N, H, W, 3) at the left of its augmented `variants` (N, K, H, W, 3)."""
@@ -240,7 +240,7 @@ def augmentation_figure(
     return _gallery(rows.reshape(-1, *first.shape[1:]), titles, columns, lead=1, note=note)
 
 
-def blank_figure(width: float, height: float, note: str, pad: float = 0.08) -> Figure:
+def create_figure(width: float, height: float, note: str, pad: float = 0.08) -> Figure:
     """A white figure of `width` × `height` inches, under a strip with the tag if there is one."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -332,7 +332,7 @@ def _gallery(
     places = _places(heads, columns, cell, tall, lead)
     width = max([x + cell + GAP / 2 for x, _ in places] + [2.4])
     height = max([y + tall + GAP / 2 + foot for _, y in places] + [0.5])
-    figure = blank_figure(width, height, note, pad=0.0)
+    figure = create_figure(width, height, note, pad=0.0)
     axes = figure.subplots()
     for (x, y), picture in zip(places, pictures, strict=True):
         box = (x, x + cell, y + tall, y)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from labkit.runtime import InputError, LabkitError, SourceError, one_line
+from labkit.runtime import InputError, LabkitError, SourceError, as_one_line
 
 MAX_REDIRECTS = 5
 OVERALL = 4  # times the longest silence, for a whole download
@@ -65,7 +65,7 @@ def fetch(url: str, label: str, *, max_bytes: int, timeout: float, allow_private
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise SourceError(
-            f"{label} could not be had ({one_line(error)}); check the address and the network"
+            f"{label} could not be had ({as_one_line(error)}); check the address and the network"
         ) from error
     raise SourceError(
         f"{label} was redirected more than {MAX_REDIRECTS} times; give the final address"
@@ -205,4 +205,4 @@ def _body(answer: http.client.HTTPResponse, label: str, max_bytes: int) -> bytes
 def _shown(parts: SplitResult) -> str:
     """A URL for messages: without credentials, query and fragment."""
     host = parts.netloc.rpartition("@")[2]
-    return one_line(parts._replace(netloc=host, query="", fragment="").geturl())
+    return as_one_line(parts._replace(netloc=host, query="", fragment="").geturl())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from labkit.cli import main
-from labkit.object_scenes import EVALUATION_SEED, object_scene
+from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 
 
 def labkit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -98,7 +98,7 @@ def test_bad_input_is_one_line_with_the_remedy(
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     for number in range(2):
-        scene = object_scene(number, seed=EVALUATION_SEED)
+        scene = make_object_scene(number, seed=EVALUATION_SEED)
         Image.fromarray(scene.image).save(folder / f"{number}.png")
     (folder / "notes.txt").write_text("not an image")
     return folder
@@ -110,7 +110,7 @@ def test_segment_writes_masks_overlay_and_report(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    true = object_scene(0, seed=EVALUATION_SEED).present[0]
+    true = make_object_scene(0, seed=EVALUATION_SEED).present[0]
     command = ["segment", str(scenes / "0.png"), "--prompt", true, "--prompt", "zebra"]
     command += ["--profile", "demo", "--out", str(tmp_path / "out"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["labkit", *command])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit.files import atomic_file, download, has_digest, hub_file, locked, write_json
+from labkit.files import download, download_from_hub, has_digest, lock_file, open_atomic, write_json
 from labkit.runtime import InputError, SourceError
 from tests.loopback import Fault, LoopbackHub, LoopbackServer
 
@@ -31,7 +31,7 @@ def full_disk(*_: object) -> None:
 
 def test_atomic_file_appears_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "value.bin"
-    with atomic_file(path) as file:
+    with open_atomic(path) as file:
         file.write(b"whole")
         assert not path.exists()
     assert path.read_bytes() == b"whole"
@@ -41,7 +41,7 @@ def test_atomic_file_appears_only_when_whole(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "value.bin"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
+    with pytest.raises(ZeroDivisionError), open_atomic(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert path.read_bytes() == b"old"
@@ -61,7 +61,7 @@ def test_full_disk_is_named_and_keeps_the_old_file(
 
 
 def test_error_of_a_source_passes_through_atomic_file_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"^the hub is away$"), atomic_file(tmp_path / "a"):
+    with pytest.raises(SourceError, match=r"^the hub is away$"), open_atomic(tmp_path / "a"):
         raise SourceError("the hub is away")
 
 
@@ -69,7 +69,7 @@ def test_error_of_a_source_passes_through_atomic_file_unchanged(tmp_path: Path) 
 def test_atomic_file_follows_the_umask(tmp_path: Path) -> None:
     plain, atomic = tmp_path / "plain", tmp_path / "atomic"
     plain.write_bytes(b"")
-    with atomic_file(atomic):
+    with open_atomic(atomic):
         pass
     assert stat.S_IMODE(atomic.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
@@ -78,7 +78,7 @@ def test_unwritable_folder_is_a_source_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SourceError, match="could not write"):
         write_json(tmp_path / "file" / "value.json", 1)
-    with pytest.raises(SourceError, match="could not write"), locked(tmp_path / "file" / "x"):
+    with pytest.raises(SourceError, match="could not write"), lock_file(tmp_path / "file" / "x"):
         pass
 
 
@@ -316,12 +316,12 @@ def test_locked_blocks_run_one_after_another(tmp_path: Path) -> None:
 
     def second() -> None:
         inside.wait()
-        with locked(tmp_path / "thing"):
+        with lock_file(tmp_path / "thing"):
             order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
-    with locked(tmp_path / "thing"):
+    with lock_file(tmp_path / "thing"):
         inside.set()
         thread.join(0.1)
         order.append("first")
@@ -336,7 +336,7 @@ def test_work_goes_on_where_there_are_no_locks(
         raise NotImplementedError
 
     monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    with locked(tmp_path / "thing"):
+    with lock_file(tmp_path / "thing"):
         pass
 
 
@@ -347,7 +347,7 @@ COMMIT = "5" * 40
 def test_hub_file_is_fetched_once(hub: LoopbackHub, repo_type: str) -> None:
     hub.add("lab/thing", "sub/weights.bin", BODY, repo_type=repo_type, revision=COMMIT)
     for _ in range(2):
-        path = hub_file(
+        path = download_from_hub(
             "lab/thing", "sub/weights.bin", revision=COMMIT, digest=DIGEST, repo_type=repo_type
         )
         assert path.read_bytes() == BODY
@@ -358,8 +358,8 @@ def test_hub_file_with_wrong_bytes_is_removed_and_fetched_anew(hub: LoopbackHub)
     path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
     hub.server.fail(path, Fault.WRONG_BYTES)
     with pytest.raises(SourceError, match="wrong checksum"):
-        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
-    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+        download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    got = download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
     assert got.read_bytes() == BODY
 
 
@@ -369,7 +369,7 @@ def test_hub_recovers_from_a_passing_fault(
 ) -> None:
     path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
     hub.server.fail(path, fault)
-    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    got = download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
     assert got.read_bytes() == BODY
 
 
@@ -377,14 +377,14 @@ def test_silent_hub_is_named(hub: LoopbackHub) -> None:
     path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
     hub.server.fail(path, Fault.STALL)
     with pytest.raises(SourceError, match=r"weights\.bin of lab/thing: timed out"):
-        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+        download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
 
 
 def test_hub_that_is_down_is_named(hub: LoopbackHub, no_waiting: list[float]) -> None:
     path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
     hub.server.fail(path, *[Fault.UNAVAILABLE] * 20, method="HEAD")
     with pytest.raises(SourceError, match="503"):
-        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+        download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
     assert no_waiting
 
 
@@ -393,8 +393,8 @@ def test_html_page_from_the_hub_is_no_data(hub: LoopbackHub, method: str) -> Non
     path = hub.add("lab/thing", "weights.bin", BODY, revision=COMMIT)
     hub.server.fail(path, Fault.HTML_PAGE, method=method)
     with pytest.raises(SourceError, match=r"weights\.bin of lab/thing"):
-        hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
-    got = hub_file("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+        download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
+    got = download_from_hub("lab/thing", "weights.bin", revision=COMMIT, digest=DIGEST)
     assert got.read_bytes() == BODY
 
 

@@ -53,14 +53,14 @@ SEGMENT = [
 ]
 ORDER = [
     "labkit.runtime",
-    "labkit.memory",
+    "labkit.runtime",
     "labkit.transfer",
     "labkit.files",
     "labkit.web",
     "labkit.images",
     "labkit.drawing",
     "labkit.scenes",
-    "labkit.scene_words",
+    "labkit.object_scenes",
     "labkit.object_scenes",
     "labkit.viz",
     "labkit.report",

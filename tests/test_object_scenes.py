@@ -19,26 +19,24 @@ from labkit import object_scenes
 from labkit.object_scenes import (
     CALIBRATION_SEED,
     EVALUATION_SEED,
-    TRAINING_SEED,
-    Clip,
-    Scene,
-    object_clip,
-    object_scene,
-)
-from labkit.runtime import InputError
-from labkit.scene_words import (
     SCENE_COLOURS,
     SCENE_PATTERNS,
     SCENE_SENTENCES,
     SCENE_SHAPES,
+    TRAINING_SEED,
+    Clip,
+    Scene,
     SceneObject,
+    make_object_clip,
+    make_object_scene,
 )
+from labkit.runtime import InputError
 
 SIDE = 128
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-draw = partial(object_scene, seed=EVALUATION_SEED)
+draw = partial(make_object_scene, seed=EVALUATION_SEED)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def scenes() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def clips() -> list[Clip]:
-    return [object_clip(number, seed=EVALUATION_SEED) for number in range(24)]
+    return [make_object_clip(number, seed=EVALUATION_SEED) for number in range(24)]
 
 
 def things(scenes: list[Scene]) -> list[tuple[NDArray[np.uint8], Mask, SceneObject]]:
@@ -114,14 +112,14 @@ def test_a_scene_depends_on_seed_and_number_alone(scenes: list[Scene]) -> None:
         np.testing.assert_array_equal(again.image, scenes[number].image)
         np.testing.assert_array_equal(again.masks, scenes[number].masks)
         assert again.objects == scenes[number].objects
-    wrapped = object_scene(3, seed=EVALUATION_SEED + 2**64)
+    wrapped = make_object_scene(3, seed=EVALUATION_SEED + 2**64)
     np.testing.assert_array_equal(wrapped.image, scenes[3].image)
 
 
 def test_no_two_scenes_are_alike_whatever_the_purpose() -> None:
     seeds = (TRAINING_SEED, CALIBRATION_SEED, EVALUATION_SEED)
     assert len(set(seeds)) == 3
-    drawn = [object_scene(number, seed=seed) for seed in seeds for number in range(60)]
+    drawn = [make_object_scene(number, seed=seed) for seed in seeds for number in range(60)]
     pixels = np.stack([scene.image for scene in drawn]).reshape(len(drawn), -1)
     assert len(np.unique(pixels, axis=0)) == len(drawn)
     shown = np.stack([scene.masks.any(axis=0) for scene in drawn]).reshape(len(drawn), -1)
@@ -285,7 +283,7 @@ def test_all_kinds_of_sentences_are_asked_for(scenes: list[Scene]) -> None:
 
 
 def test_clips_have_the_promised_form() -> None:
-    clip = object_clip(2, seed=0, frames=3, side=64)
+    clip = make_object_clip(2, seed=0, frames=3, side=64)
     count = len(clip.objects)
     assert clip.frames.shape == (3, 64, 64, 3) and clip.frames.dtype == np.uint8
     assert clip.masks.shape == (3, count, 64, 64) and clip.masks.dtype == np.bool_
@@ -300,7 +298,7 @@ def test_a_clip_begins_with_the_scene_of_its_number(clips: list[Clip], scenes: l
 
 def test_a_frame_depends_on_its_time_alone(clips: list[Clip]) -> None:
     for number in (5, 0):
-        short = object_clip(number, seed=EVALUATION_SEED, frames=4)
+        short = make_object_clip(number, seed=EVALUATION_SEED, frames=4)
         np.testing.assert_array_equal(short.frames, clips[number].frames[:4])
         np.testing.assert_array_equal(short.masks, clips[number].masks[:4])
 
@@ -344,20 +342,20 @@ def test_objects_pass_behind_others_and_come_back(clips: list[Clip]) -> None:
     ],
 )
 def test_impossible_scenes_are_refused(options: dict[str, int], words: str) -> None:
-    for make in (object_scene, object_clip):
+    for make in (make_object_scene, make_object_clip):
         with pytest.raises(InputError, match=words):
             make(**options, seed=0)
 
 
 def test_a_clip_has_a_frame_at_least() -> None:
-    assert len(object_clip(0, seed=0, frames=1, side=64).frames) == 1
+    assert len(make_object_clip(0, seed=0, frames=1, side=64).frames) == 1
     with pytest.raises(InputError, match="frames must be at least 1, got 0"):
-        object_clip(0, seed=0, frames=0)
+        make_object_clip(0, seed=0, frames=0)
 
 
 def test_global_random_state_is_left_as_found() -> None:
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].copy()
     draw(0).questions(0)
-    object_clip(0, seed=0, frames=2, side=64)
+    make_object_clip(0, seed=0, frames=2, side=64)
     assert random.getstate() == python
     np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy)

@@ -46,18 +46,16 @@ def history(epochs: int) -> list[dict[str, float]]:
 
 
 FIGURES: dict[str, Callable[[str], Figure]] = {
-    "image_grid": lambda note: viz.image_grid(images(5), list("abcde"), columns=3, note=note),
-    "learning_curves": lambda note: viz.learning_curves(history(3), note=note),
-    "confusion": lambda note: viz.confusion_figure(np.eye(3, dtype=int), CLASSES, note=note),
-    "reliability": lambda note: viz.reliability_figure([Row()], 0.2, note=note),
-    "per_class": lambda note: viz.per_class_figure([Row(), Row("dog")], note=note),
-    "mistakes": lambda note: viz.mistakes_figure(
+    "plot_images": lambda note: viz.plot_images(images(5), list("abcde"), columns=3, note=note),
+    "learning_curves": lambda note: viz.plot_learning_curves(history(3), note=note),
+    "confusion": lambda note: viz.plot_confusion_matrix(np.eye(3, dtype=int), CLASSES, note=note),
+    "reliability": lambda note: viz.plot_reliability([Row()], 0.2, note=note),
+    "per_class": lambda note: viz.plot_class_scores([Row(), Row("dog")], note=note),
+    "mistakes": lambda note: viz.plot_mistakes(
         images(2), [0, 1], [1, 2], [0.97, 0.6], CLASSES, note=note
     ),
-    "attention": lambda note: viz.attention_figure(
-        images(2), np.eye(4)[None].repeat(2, 0), (), note
-    ),
-    "augmentation": lambda note: viz.augmentation_figure(
+    "attention": lambda note: viz.plot_attention(images(2), np.eye(4)[None].repeat(2, 0), (), note),
+    "augmentation": lambda note: viz.plot_augmentations(
         images(2), images(6).reshape(2, 3, 8, 8, 3), note=note
     ),
 }
@@ -114,7 +112,7 @@ def test_figures_need_no_pyplot_and_neither_heed_nor_change_settings(
 
 def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
     given = images(5)
-    figure = viz.image_grid(given, list("abcde"), columns=3)
+    figure = viz.plot_images(given, list("abcde"), columns=3)
     np.testing.assert_array_equal(np.stack(shown(figure)), given)
     drawn = figure.axes[0].get_images()
     assert {picture.get_interpolation() for picture in drawn} == {"nearest"}
@@ -125,12 +123,12 @@ def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
 
 
 def test_nothing_to_show_is_a_figure_and_no_error() -> None:
-    assert "nothing to show" in words(viz.image_grid(images(0)))
-    assert "nothing to show" in words(viz.mistakes_figure(images(0), [], [], [], CLASSES))
-    pixels(viz.attention_figure(images(0), np.zeros((0, 4, 4))))
-    pixels(viz.augmentation_figure(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
-    pixels(viz.reliability_figure([], 0.0))
-    pixels(viz.per_class_figure([]))
+    assert "nothing to show" in words(viz.plot_images(images(0)))
+    assert "nothing to show" in words(viz.plot_mistakes(images(0), [], [], [], CLASSES))
+    pixels(viz.plot_attention(images(0), np.zeros((0, 4, 4))))
+    pixels(viz.plot_augmentations(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
+    pixels(viz.plot_reliability([], 0.0))
+    pixels(viz.plot_class_scores([]))
 
 
 def test_mistakes_say_true_class_predicted_class_and_confidence() -> None:
@@ -142,7 +140,7 @@ def test_mistakes_say_true_class_predicted_class_and_confidence() -> None:
 def test_curves_are_in_per_cent_and_skip_epochs_without_validation() -> None:
     rows = history(3)
     rows[1]["validation_accuracy"] = 0.25
-    loss, accuracy, rate = viz.learning_curves(rows).axes
+    loss, accuracy, rate = viz.plot_learning_curves(rows).axes
     assert [line.get_label() for line in loss.lines] == ["train"]
     train, validation = accuracy.lines
     np.testing.assert_allclose(train.get_ydata(), [0, 50, 100 * 2 / 3])
@@ -151,21 +149,21 @@ def test_curves_are_in_per_cent_and_skip_epochs_without_validation() -> None:
 
 
 def test_curves_have_markers_only_for_few_epochs() -> None:
-    assert viz.learning_curves(history(1)).axes[0].lines[0].get_marker() == "o"
-    assert viz.learning_curves(history(60)).axes[0].lines[0].get_marker() in ("", "None")
+    assert viz.plot_learning_curves(history(1)).axes[0].lines[0].get_marker() == "o"
+    assert viz.plot_learning_curves(history(60)).axes[0].lines[0].get_marker() in ("", "None")
 
 
 def test_confusion_is_coloured_by_row_share_and_counted_up_to_twenty_classes() -> None:
-    figure = viz.confusion_figure([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
+    figure = viz.plot_confusion_matrix([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
     np.testing.assert_allclose(shown(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
     assert [t.get_text() for t in figure.axes[0].texts] == list("310000055")
-    many = viz.confusion_figure(np.eye(21, dtype=int), [str(n) for n in range(21)])
+    many = viz.plot_confusion_matrix(np.eye(21, dtype=int), [str(n) for n in range(21)])
     assert not many.axes[0].texts
 
 
 def test_reliability_gap_spans_accuracy_and_confidence() -> None:
     bins = [Row(accuracy=0.75, confidence=0.55), Row(low=0.9, high=1, accuracy=0.6, confidence=0.9)]
-    top, bottom = viz.reliability_figure(bins, 0.123).axes
+    top, bottom = viz.plot_reliability(bins, 0.123).axes
     bars = [(bar.get_y(), bar.get_height()) for bar in top.patches]
     assert np.ravel(bars).tolist() == pytest.approx([0, 0.75, 0, 0.6, 0.55, 0.2, 0.6, 0.3])
     assert [bar.get_height() for bar in bottom.patches] == [50, 50]
@@ -174,7 +172,7 @@ def test_reliability_gap_spans_accuracy_and_confidence() -> None:
 
 def test_classes_are_sorted_with_the_best_recall_on_top() -> None:
     rows = [Row("cat", recall=0.5), Row("dog", recall=0.9), Row("frog", recall=0.7)]
-    axes = viz.per_class_figure(rows).axes[0]
+    axes = viz.plot_class_scores(rows).axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "frog", "dog"]
     recall = axes.patches[:3]
     assert [bar.get_width() for bar in recall] == pytest.approx([50, 70, 90])
@@ -184,7 +182,7 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
     heat = np.zeros((1, 4, 4))
     heat[0, 1, 2] = 1.0
     grey = np.full((1, 8, 8, 3), 128, dtype=np.uint8)
-    (tile,) = shown(viz.attention_figure(grey, heat))
+    (tile,) = shown(viz.plot_attention(grey, heat))
     side = tile.shape[1]
     assert (tile[:side] == 128).all()
     overlay = tile[-side:].astype(int).sum(axis=2)
@@ -195,7 +193,7 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
 
 def test_augmented_variants_stand_right_of_their_original() -> None:
     original, variants = images(2), images(6, side=8).reshape(2, 3, 8, 8, 3)
-    figure = viz.augmentation_figure(original, variants)
+    figure = viz.plot_augmentations(original, variants)
     rows = np.stack(shown(figure)).reshape(2, 4, 8, 8, 3)
     np.testing.assert_array_equal(rows[:, 0], original)
     np.testing.assert_array_equal(rows[:, 1:], variants)
@@ -207,14 +205,14 @@ def test_augmented_variants_stand_right_of_their_original() -> None:
 @pytest.mark.parametrize(
     "draw, message",
     [
-        (lambda: viz.image_grid(images(2).astype(np.float32)), "uint8"),
-        (lambda: viz.image_grid(images(2)[0]), "uint8"),
-        (lambda: viz.image_grid(images(2), ["one"]), "1 titles for 2"),
-        (lambda: viz.image_grid(images(2), columns=0), "columns"),
-        (lambda: viz.learning_curves([]), "history"),
-        (lambda: viz.confusion_figure(np.eye(2), CLASSES), "3 × 3"),
-        (lambda: viz.attention_figure(images(2), np.zeros((1, 4, 4))), "maps"),
-        (lambda: viz.augmentation_figure(images(2), images(2)), "variants"),
+        (lambda: viz.plot_images(images(2).astype(np.float32)), "uint8"),
+        (lambda: viz.plot_images(images(2)[0]), "uint8"),
+        (lambda: viz.plot_images(images(2), ["one"]), "1 titles for 2"),
+        (lambda: viz.plot_images(images(2), columns=0), "columns"),
+        (lambda: viz.plot_learning_curves([]), "history"),
+        (lambda: viz.plot_confusion_matrix(np.eye(2), CLASSES), "3 × 3"),
+        (lambda: viz.plot_attention(images(2), np.zeros((1, 4, 4))), "maps"),
+        (lambda: viz.plot_augmentations(images(2), images(2)), "variants"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(draw: Callable[[], Figure], message: str) -> None:

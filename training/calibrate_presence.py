@@ -17,11 +17,11 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from tqdm import tqdm
 
-from labkit.files import checksum, write_json
-from labkit.object_scenes import CALIBRATION_SEED, object_scene
+from labkit.files import compute_checksum, write_json
+from labkit.object_scenes import CALIBRATION_SEED, make_object_scene
+from labkit.segment.checkpoints import get_profile
 from labkit.segment.metrics import auroc, mcc
 from labkit.segment.pipeline import TextSegmenter
-from labkit.segment.weights import get_profile
 
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets"
 FIRST = 1000  # the trainings watch themselves on the scenes before
@@ -33,7 +33,7 @@ def evidence(segmenter: TextSegmenter, scenes: int) -> tuple[np.ndarray, np.ndar
     """Evidence (N, 4) for sentences, each with what the masks would be if it were there; truth."""
     rows, truth = [], []
     for number in tqdm(range(FIRST, FIRST + scenes), desc="scenes"):
-        scene = object_scene(number, seed=CALIBRATION_SEED)
+        scene = make_object_scene(number, seed=CALIBRATION_SEED)
         sentences = scene.questions(number)
         found = segmenter(scene.image, sentences, assume_present=True)
         rows += [answer.evidence.features() for answer in found.answers]
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=400)
     arguments = parser.parse_args()
     about = {
-        "clipseg": f"sha256:{checksum(ASSETS / 'clipseg-tiny' / 'model.safetensors')}",
-        "sam2": f"sha256:{checksum(ASSETS / 'sam2-tiny' / 'sam2.safetensors')}",
+        "clipseg": f"sha256:{compute_checksum(ASSETS / 'clipseg-tiny' / 'model.safetensors')}",
+        "sam2": f"sha256:{compute_checksum(ASSETS / 'sam2-tiny' / 'sam2.safetensors')}",
     }
     write_json(ASSETS / "demo.json", {**about, "presence": NEUTRAL})
     segmenter = TextSegmenter.from_profile(get_profile("demo"))

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from labkit.object_scenes import object_scene
-from labkit.scene_words import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES
+from labkit.object_scenes import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES, make_object_scene
 
 SIDE, MOST = 128, 5
 PARTS = ("images", "owners", "looks")
@@ -42,7 +41,7 @@ class SceneCache:
 
 
 def _draw(number: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scene = object_scene(number, seed=seed, side=SIDE)
+    scene = make_object_scene(number, seed=seed, side=SIDE)
     owners = np.zeros((SIDE, SIDE), dtype=np.uint8)
     looks = np.full((MOST, 3), 255, dtype=np.uint8)
     for index, (mask, thing) in enumerate(zip(scene.masks, scene.objects, strict=True)):

@@ -26,8 +26,14 @@ from transformers import (
 )
 from vocabulary import LONGEST, STRANGERS, TEMPLATES, tokenizer
 
-from labkit.object_scenes import CALIBRATION_SEED, TRAINING_SEED
-from labkit.scene_words import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SENTENCES, SCENE_SHAPES
+from labkit.object_scenes import (
+    CALIBRATION_SEED,
+    SCENE_COLOURS,
+    SCENE_PATTERNS,
+    SCENE_SENTENCES,
+    SCENE_SHAPES,
+    TRAINING_SEED,
+)
 
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from labkit.files import atomic_file
+from labkit.files import open_atomic
 
 SAVE_SECONDS = 120
 AVERAGING = 0.998
@@ -85,7 +85,7 @@ class Trainer:
             "averaged": self.averaged.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
         }
-        with atomic_file(self._path) as file:
+        with open_atomic(self._path) as file:
             torch.save(state, file)
 
     def run(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from labkit.scene_words import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES
+from labkit.object_scenes import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES
 
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of a {}", "a photo of the {}", "a picture of a {}")
 STRANGERS = (

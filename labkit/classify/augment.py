@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labkit.classify.counter import integers, uniform
+from labkit.classify.auto_augment import rand_augment, trivial_augment
+from labkit.classify.config import TrainConfig
 from labkit.classify.data import Split
-from labkit.classify.policies import rand_augment, trivial_augment
-from labkit.classify.presets import TrainConfig
+from labkit.rng import integers, uniform
 from labkit.runtime import InputError
 
 

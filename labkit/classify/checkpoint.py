@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.files import checksum, sync_folder
+from labkit.files import compute_checksum, sync_folder
 from labkit.runtime import SourceError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class CheckpointStore:
             partial.mkdir(parents=True)
             save_file(tensors, partial / _TENSORS)
             (partial / _STATE).write_text(json.dumps(skeleton))
-            sums = {name: checksum(partial / name) for name in (_TENSORS, _STATE)}
+            sums = {name: compute_checksum(partial / name) for name in (_TENSORS, _STATE)}
             (partial / _MANIFEST).write_text(json.dumps(sums))
             for name in (_TENSORS, _STATE, _MANIFEST):
                 _sync_file(partial / name)
@@ -131,7 +131,7 @@ def _read(generation: Path) -> dict[str, Any]:
 
     sums = json.loads((generation / _MANIFEST).read_text())
     for name in (_TENSORS, _STATE):
-        if checksum(generation / name) != sums[name]:
+        if compute_checksum(generation / name) != sums[name]:
             raise ValueError(f"{name} does not match its checksum")
     state: dict[str, Any] = join_state(
         json.loads((generation / _STATE).read_text()), load_file(generation / _TENSORS)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from labkit.classify.readers import SPLITS, Content, Pictures
 from labkit.classify.sources import Origin, find_origin
-from labkit.files import atomic_file, cache_dir, checksum, locked, write_json
+from labkit.files import compute_checksum, get_cache_dir, lock_file, open_atomic, write_json
 from labkit.runtime import InputError, SourceError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
         source: `hub` (CIFAR-10 from the Hugging Face hub), `toronto` (CIFAR-10 from its authors),
             `scenes` (procedural, needs nothing), or a folder: parquet files as on the hub, an
             extracted `cifar-10-batches-py`, or images in `train/<class>/*` and `test/<class>/*`.
-        cache: Where to keep the decoded pixels and the archive; `labkit.files.cache_dir()`.
+        cache: Where to keep the decoded pixels and the archive; `labkit.files.get_cache_dir()`.
         image_size: Height and width in pixels; other than 32 only for a folder of images.
 
     Raises:
@@ -83,12 +83,12 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
     """
     if image_size < 1:
         raise InputError(f"image_size must be at least 1, got {image_size}")
-    cache = cache or cache_dir()
+    cache = cache or get_cache_dir()
     origin = find_origin(source, cache=cache, image_size=image_size)
     folder = cache / "decoded" / f"{origin.kind}-v{CACHE_VERSION}-{origin.fingerprint[:16]}"
     data = _load(folder, origin)
     if data is None:
-        with locked(folder):
+        with lock_file(folder):
             data = _load(folder, origin)
             if data is None:
                 _decode(folder, origin)
@@ -106,7 +106,7 @@ def _load(folder: Path, origin: Origin) -> ImageData | None:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         for name, digest in content["sha256"].items():
-            if checksum(folder / name) != digest:
+            if compute_checksum(folder / name) != digest:
                 raise ValueError(f"{name} has changed")
         splits = {
             split: Split(
@@ -147,7 +147,7 @@ def _decode(folder: Path, origin: Origin) -> None:
                 "source": origin.source,
                 "fingerprint": origin.fingerprint,
                 "classes": content.classes,
-                "sha256": {path.name: checksum(path) for path in files},
+                "sha256": {path.name: compute_checksum(path) for path in files},
             },
         )
 
@@ -172,7 +172,7 @@ def _write_split(
     shape = (pictures.count, origin.image_size, origin.image_size, 3)
     all_labels = []
     with (
-        atomic_file(_file(folder, split, "images")) as file,
+        open_atomic(_file(folder, split, "images")) as file,
         tqdm(total=pictures.count, desc=f"decoding {split}", unit="picture") as progress,
     ):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -190,7 +190,7 @@ def _write_split(
             file.write(images.tobytes())
             all_labels.append(labels.astype(np.int64))
             progress.update(len(labels))
-    with atomic_file(_file(folder, split, "labels")) as file:
+    with open_atomic(_file(folder, split, "labels")) as file:
         np.save(file, np.concatenate(all_labels))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.classify.checkpoint import CheckpointStore
-from labkit.classify.presets import TrainConfig
+from labkit.classify.config import TrainConfig
 from labkit.files import mirror_folder, write_json, write_json_lines
 from labkit.runtime import InputError
 

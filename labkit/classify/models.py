@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.classify.presets import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
+from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.vit import (
     AttentionRecord,
@@ -21,7 +21,7 @@ from labkit.classify.vit import (
     evaluating,
     has_attention,
 )
-from labkit.runtime import InputError, SourceError, root_cause
+from labkit.runtime import InputError, SourceError, find_root_cause
 
 __all__ = ["UpsampledBackbone", "attention_rollout", "build_model", "has_attention", "model_for"]
 
@@ -116,7 +116,7 @@ def _timm_error(name: str, options: Options, error: Exception) -> Exception:
 
 def _told(error: BaseException) -> str:
     """First line of the exception that began the chain, with its type."""
-    cause = root_cause(error)
+    cause = find_root_cause(error)
     lines = str(cause).strip().splitlines() or ["no message"]
     return f"{type(cause).__name__}: {lines[0].rstrip('.')}"
 

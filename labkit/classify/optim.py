@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from labkit.classify.presets import TrainConfig
+from labkit.classify.config import TrainConfig
 
 
 def lr_factor(progress: float, warmup: float, schedule: str) -> float:

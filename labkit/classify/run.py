@@ -15,22 +15,22 @@ from torch import nn
 
 from labkit import viz
 from labkit.classify.augment import normalise
+from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
 from labkit.classify.data import ImageData, load_data
-from labkit.classify.inference import predict
+from labkit.classify.evaluate import predict
 from labkit.classify.keeper import CONFIG, HISTORY
 from labkit.classify.metrics import Metrics, confident_mistakes
 from labkit.classify.models import attention_rollout, has_attention, model_for
-from labkit.classify.presets import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
-from labkit.files import atomic_file, write_json
+from labkit.files import open_atomic, write_json
 from labkit.report import Table, write_report
 from labkit.runtime import (
     InputError,
     Precision,
-    device_name,
-    peak_memory_gib,
+    describe_device,
+    get_versions,
+    measure_peak_memory,
     pick_device,
     resolve_precision,
-    versions,
 )
 
 if TYPE_CHECKING:
@@ -79,13 +79,15 @@ class Run:
         metrics, test = self.metrics, self.data.test
         wrong = confident_mistakes(self.probabilities, test.labels, MISTAKES)
         found = {
-            "Learning curves": viz.learning_curves(self.history, self.note),
-            "Confusion matrix": viz.confusion_figure(metrics.confusion, metrics.classes, self.note),
-            "Calibration": viz.reliability_figure(metrics.reliability, metrics.ece, self.note),
-            "Classes": viz.per_class_figure(metrics.per_class, self.note),
+            "Learning curves": viz.plot_learning_curves(self.history, self.note),
+            "Confusion matrix": viz.plot_confusion_matrix(
+                metrics.confusion, metrics.classes, self.note
+            ),
+            "Calibration": viz.plot_reliability(metrics.reliability, metrics.ece, self.note),
+            "Classes": viz.plot_class_scores(metrics.per_class, self.note),
         }
         if len(wrong):
-            found["Most confident mistakes"] = viz.mistakes_figure(
+            found["Most confident mistakes"] = viz.plot_mistakes(
                 test.images[wrong],
                 test.labels[wrong],
                 self.probabilities[wrong].argmax(1),
@@ -102,7 +104,7 @@ class Run:
         device = next(self.model.parameters()).device
         batch = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
         maps = attention_rollout(self.model, normalise(batch, self.config.mean, self.config.std))
-        return viz.attention_figure(images, maps.cpu().numpy(), note=self.note)
+        return viz.plot_attention(images, maps.cpu().numpy(), note=self.note)
 
     def save(self) -> None:
         """Write `metrics.json`, weights and `report.html` to the run's folder, if it has one."""
@@ -111,7 +113,7 @@ class Run:
         from safetensors.torch import save
 
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        with atomic_file(self.folder / WEIGHTS) as file:
+        with open_atomic(self.folder / WEIGHTS) as file:
             file.write(save(state))
         write_json(self.folder / METRICS, self.to_json())
         self.report()
@@ -203,11 +205,11 @@ def training_facts(
         "train_accuracy": history[-1]["train_accuracy"],
         "train_seconds": train_seconds,
         "images_per_second": trained_on * len(history) / train_seconds,
-        "peak_memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": measure_peak_memory(device),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": device_name(device),
+        "device": describe_device(device),
         "precision": precision.name,
-        "versions": versions(),
+        "versions": get_versions(),
     }
 
 

@@ -26,7 +26,7 @@ from labkit.classify.readers import (
     read_image_folder,
     read_parquet,
 )
-from labkit.files import checksum, download, hub_file
+from labkit.files import compute_checksum, download, download_from_hub
 from labkit.runtime import InputError, SourceError
 
 
@@ -130,7 +130,9 @@ def _find_folder(source: str, image_size: int) -> Origin:
     for folder in (root, root / "plain_text"):
         files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in SPLITS}
         if all(files.values()):
-            hashes = [f"{path.name} {checksum(path)}" for split in SPLITS for path in files[split]]
+            hashes = [
+                f"{path.name} {compute_checksum(path)}" for split in SPLITS for path in files[split]
+            ]
             opener = partial(_opened, partial(read_parquet, files))
             return Origin(source, "parquet", name, CIFAR10_SIZE, _hash(hashes), opener)
 
@@ -138,7 +140,7 @@ def _find_folder(source: str, image_size: int) -> Origin:
         paths = [folder / file for split in SPLITS for file in CIFAR10_BATCHES[split]]
         if all(path.is_file() for path in paths):
             opener = partial(_opened, partial(read_cifar10_batches, folder))
-            hashes = list(map(checksum, paths))
+            hashes = list(map(compute_checksum, paths))
             return Origin(source, "batches", name, CIFAR10_SIZE, _hash(hashes), opener)
 
     if all((root / split).is_dir() for split in SPLITS):
@@ -166,7 +168,7 @@ def _open_hub() -> Iterator[Content]:
     try:
         files = {
             split: [
-                hub_file(
+                download_from_hub(
                     pins.hub_repo,
                     filename,
                     revision=pins.hub_revision,
@@ -221,17 +223,17 @@ def _open_scenes() -> Iterator[Content]:
 
 
 def _scene_batches(split: str) -> Iterator[Batch]:
-    from labkit.scenes import classification_scenes
+    from labkit.scenes import make_classification_scenes
 
     total = SCENE_COUNTS[split]
     for start in range(0, total, BATCH):
         count = min(BATCH, total - start)
-        yield classification_scenes(count, seed=SCENE_SEEDS[split], start=start)
+        yield make_classification_scenes(count, seed=SCENE_SEEDS[split], start=start)
 
 
 def _scenes_hash() -> str:
     """Changes with the generator's code, so that a cache never outlives it."""
     from labkit import drawing, scenes
 
-    code = [checksum(Path(str(module.__file__))) for module in (drawing, scenes)]
+    code = [compute_checksum(Path(str(module.__file__))) for module in (drawing, scenes)]
     return _hash([*code, SCENE_COUNTS, SCENE_SEEDS])

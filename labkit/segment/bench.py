@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from labkit.object_scenes import EVALUATION_SEED, Scene, object_scene
+from labkit.object_scenes import EVALUATION_SEED, Scene, make_object_scene
 from labkit.runtime import InputError, shows_progress
 from labkit.segment.metrics import (
     auroc,
@@ -86,7 +86,7 @@ def measure_scenes(
 
 def scene_rows(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]:
     """A row for each sentence asked of scene `number`."""
-    scene = object_scene(number, seed=seed)
+    scene = make_object_scene(number, seed=seed)
     sentences = scene.questions(number)
     maps = segmenter.clipseg.heat_maps(scene.image, sentences, segmenter.templates)
     weak = maps * (WEAK_PEAK / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12))

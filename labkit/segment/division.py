@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.segment.prompts import Prompt, box_of, mask_logits
-from labkit.segment.refine import ImageFeatures, Sam2, cleaned, enlarged, repeats, stability
+from labkit.segment.sam2 import ImageFeatures, Sam2, cleaned, enlarged, repeats, stability
 
 _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a click counts
 _CLICKS_AT_ONCE = 32  # of which only the best masks are kept, small

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import cache_dir, download
+from labkit.files import download, get_cache_dir
 from labkit.images import load_image
-from labkit.object_scenes import EVALUATION_SEED, object_scene
+from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 from labkit.runtime import InputError
 
 ZIDANE = "https://raw.githubusercontent.com/ultralytics/yolov5/v7.0/data/images/zidane.jpg"
@@ -46,12 +46,12 @@ def example(profile: str) -> Example:
         SourceError: the photograph could not be downloaded.
     """
     if profile == "full":
-        path = download(ZIDANE, cache_dir() / "zidane.jpg", digest=ZIDANE_DIGEST)
+        path = download(ZIDANE, get_cache_dir() / "zidane.jpg", digest=ZIDANE_DIGEST)
         image = load_image(path)
         return Example(image=image, prompts=("man", "tie"), absent="football player")
     if profile != "demo":
         raise InputError(f"profile must be 'full' or 'demo', got {profile!r}")
-    scene = object_scene(_SCENE, seed=EVALUATION_SEED)
+    scene = make_object_scene(_SCENE, seed=EVALUATION_SEED)
     return Example(
         image=scene.image,
         prompts=_told_apart(scene.present),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.segment.findings import Findings
+from labkit.segment.results import Findings
 from labkit.segment.rle import area_of
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.runtime import InputError
-from labkit.segment.findings import Answer, Findings, FoundObject
-from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, blank_figure
+from labkit.segment.results import Answer, Findings, FoundObject
+from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, create_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def overlay_figure(findings: Findings) -> Figure:
     wide = 6.5 * min(max(width / height, 0.4), 1.0)
     tall = min(wide * height / width, 8.0)
     lines = textwrap.wrap(_summary(findings), max(20, int(wide / CHARACTER)))
-    figure = blank_figure(wide, tall + 0.25 + 0.17 * len(lines), findings.note)
+    figure = create_figure(wide, tall + 0.25 + 0.17 * len(lines), findings.note)
     axes = figure.subplots()
     _show(axes, image)
     for index, thing in enumerate(findings.objects):
@@ -60,7 +60,7 @@ def stages_figure(findings: Findings, *stages: str) -> Figure:
     height, width = image.shape[:2]
     tall = _CELL * min(height / width, 1.6)
     rows = len(findings.answers)
-    figure = blank_figure(len(shown) * (_CELL + 0.3), rows * (tall + 0.75), findings.note)
+    figure = create_figure(len(shown) * (_CELL + 0.3), rows * (tall + 0.75), findings.note)
     grid = figure.subplots(rows, len(shown), squeeze=False)
     for row, answer in zip(grid, findings.answers, strict=True):
         found = findings.objects_of(answer.prompt)

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, pick_device
-from labkit.segment.findings import Answer, FoundObject
-from labkit.segment.ground import ClipSeg
-from labkit.segment.inquiry import Inquiry, opened, pursued
+from labkit.segment.checkpoints import PresencePin, Profile, check_installed, get_profile
+from labkit.segment.clipseg import ClipSeg
+from labkit.segment.generate import Inquiry, opened, pursued
 from labkit.segment.presence import Evidence, gather, reason, score
 from labkit.segment.prompts import box_of
-from labkit.segment.refine import Candidate, Sam2, enlarged
+from labkit.segment.results import Answer, FoundObject
 from labkit.segment.rle import encode_mask
+from labkit.segment.sam2 import Candidate, Sam2, enlarged
 from labkit.segment.segmentation import Segmentation
-from labkit.segment.weights import PresencePin, Profile, check_installed, get_profile
 
 Maps = NDArray[np.float32]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.segment.weights import PresencePin
+from labkit.segment.checkpoints import PresencePin
 
 _TOP_SHARE = 0.002  # of all pixels: their mean stands for the peak, so that no single one decides
 _LEAST = 1e-4

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labkit.files import atomic_file, write_json
+from labkit.files import open_atomic, write_json
 from labkit.report import Cell, Table, write_report
 from labkit.segment.export import coco_document
 from labkit.segment.figures import overlay_figure, stages_figure
-from labkit.segment.findings import Findings
+from labkit.segment.results import Findings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class Segmentation(Findings):
         folder = Path(folder)
         write_json(folder / "masks.json", self.to_coco(name))
         overlay = self.overlay()
-        with atomic_file(folder / "overlay.png") as file:
+        with open_atomic(folder / "overlay.png") as file:
             overlay.savefig(file, format="png")
         height, width = self.image.shape[:2]
         found = f"{len(self.objects)} in {sum(answer.present for answer in self.answers)} sentences"

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, Split
-from labkit.classify.presets import AugmentConfig, TrainConfig
 
 
 def coloured_squares(count: int, seed: int) -> Split:

@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from labkit.classify import augment
 from labkit.classify.augment import TrainingImages, cutmix, erase_boxes, flip_mask, mirror, mixup
+from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import Split
-from labkit.classify.presets import AugmentConfig, TrainConfig
 from labkit.runtime import InputError
 
 CPU = torch.device("cpu")

@@ -578,14 +578,14 @@ def test_new_picture_or_size_is_decoded_anew(image_folder: Path) -> None:
 
 
 def test_scenes_are_those_of_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from labkit.scenes import SCENE_CLASSES, classification_scenes
+    from labkit.scenes import SCENE_CLASSES, make_classification_scenes
 
     monkeypatch.setattr(sources, "SCENE_COUNTS", {"train": 30, "test": 20})
     monkeypatch.setattr(sources, "BATCH", 12)
     loaded = load_data("scenes")
     assert (loaded.source, loaded.name, loaded.classes) == ("scenes", "demo scenes", SCENE_CLASSES)
     for split, kind in ((loaded.train, "train"), (loaded.test, "test")):
-        images, labels = classification_scenes(len(split), seed=sources.SCENE_SEEDS[kind])
+        images, labels = make_classification_scenes(len(split), seed=sources.SCENE_SEEDS[kind])
         np.testing.assert_array_equal(split.images, images)
         np.testing.assert_array_equal(split.labels, labels)
     assert not np.array_equal(loaded.train.images[:20], loaded.test.images)
@@ -747,7 +747,7 @@ def test_without_locks_decoders_do_not_harm_each_other(
         yield
 
     loaded: list[data.ImageData] = []
-    monkeypatch.setattr(data, "locked", together)
+    monkeypatch.setattr(data, "lock_file", together)
     run_together(lambda: loaded.append(load_data(str(parquet_folder))))
     assert len(loaded) == 3
     for each in loaded:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from labkit.classify.models import build_model, has_attention
-from labkit.runtime import InputError, SourceError, scoped_seed
+from labkit.runtime import InputError, SourceError, use_seed
 from tests.loopback import LoopbackHub
 
 
@@ -33,9 +33,9 @@ def finetune(**options: Any) -> Any:
 
 
 def test_resnet18_is_timms_with_the_same_random_numbers() -> None:
-    with scoped_seed(3):
+    with use_seed(3):
         expected = timm.create_model("resnet18", num_classes=4).state_dict()
-    with scoped_seed(3):
+    with use_seed(3):
         found = build_model("resnet18", classes=4).state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -162,9 +162,9 @@ def test_options_that_cannot_be_used_are_refused(
 
 def test_building_leaves_no_trace_in_a_scope_of_its_own() -> None:
     state = torch.get_rng_state()
-    with scoped_seed(0):
+    with use_seed(0):
         first: nn.Module = build_model("speed")
-    with scoped_seed(0):
+    with use_seed(0):
         second = build_model("speed")
     assert torch.equal(torch.get_rng_state(), state)
     pairs = zip(first.parameters(), second.parameters(), strict=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from labkit.classify.config import TrainConfig
 from labkit.classify.models import build_model
 from labkit.classify.optim import build_optimizer, hidden_matrices, lr_at, lr_factor, set_lr
-from labkit.classify.presets import TrainConfig
 
 
 class Toy(nn.Module):

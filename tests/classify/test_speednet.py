@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from labkit.classify.speednet import SpeedNet, patch_moments
-from labkit.runtime import InputError, scoped_seed
+from labkit.runtime import InputError, use_seed
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def net() -> SpeedNet:
-    with scoped_seed(0):
+    with use_seed(0):
         return SpeedNet(image_size=12, widths=(8, 16, 16), classes=5)
 
 
@@ -92,9 +92,9 @@ def test_running_statistics_keep_six_tenths_of_their_past(net: SpeedNet) -> None
 
 
 def test_the_head_scale_multiplies_the_logits(images: Tensor) -> None:
-    with scoped_seed(0):
+    with use_seed(0):
         plain = SpeedNet(image_size=12, head_scale=1.0, widths=(8, 8, 8)).eval()
-    with scoped_seed(0):
+    with use_seed(0):
         scaled = SpeedNet(image_size=12, widths=(8, 8, 8)).eval()
     torch.testing.assert_close(scaled(images) * 9, plain(images))
 

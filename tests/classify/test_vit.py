@@ -18,13 +18,13 @@ from labkit.classify.vit import (
     has_attention,
     rollout,
 )
-from labkit.runtime import InputError, scoped_seed
+from labkit.runtime import InputError, use_seed
 
 TINY = {"image_size": 8, "patch": 2, "width": 16, "depth": 2, "heads": 2}
 
 
 def tiny(**options: Any) -> VisionTransformer:
-    with scoped_seed(0):
+    with use_seed(0):
         return VisionTransformer(**{**TINY, **options}).eval()
 
 
@@ -151,7 +151,7 @@ def test_attention_rollout_is_scaled_per_image_and_leaves_the_modes_alone() -> N
 
 
 def test_attention_of_a_finetuned_backbone_equals_ours_with_the_same_weights() -> None:
-    with scoped_seed(0):
+    with use_seed(0):
         model: Any = build_model("vit-finetune", backbone="test_vit", pretrained=False, img_size=64)
     twin = VisionTransformer(image_size=64, patch=16, width=64, depth=6, heads=2, mlp_ratio=3)
     twin.load_state_dict(model.backbone.state_dict())
@@ -218,7 +218,7 @@ def test_convolutional_tokens_keep_the_grid_of_the_patches() -> None:
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
     layer, branch = DropPath(0.25), torch.ones(4000, 2, 3)
-    with scoped_seed(0):
+    with use_seed(0):
         thinned = layer.train()(branch)
     per_image = thinned.flatten(1)
     assert torch.equal(per_image, per_image[:, :1].expand(-1, 6))
@@ -241,7 +241,7 @@ def test_zero_gains_make_every_block_the_identity() -> None:
 
 def test_mimetic_projection_is_near_the_negative_identity() -> None:
     attention = Attention(width=64, heads=1, grid=2, relative_bias=False)
-    with scoped_seed(0):
+    with use_seed(0):
         attention.mimetic_()
     query, key, value = (part.T for part in attention.qkv.weight.detach().chunk(3))
     products = {0.7: query @ key.T, -0.4: value @ attention.proj.weight.detach().T}
@@ -254,7 +254,7 @@ def test_mimetic_projection_is_near_the_negative_identity() -> None:
 
 def test_mimetic_heads_share_a_balanced_product_of_their_rank() -> None:
     attention = Attention(width=32, heads=4, grid=2, relative_bias=False)
-    with scoped_seed(0):
+    with use_seed(0):
         attention.mimetic_()
     query, key, _ = attention.qkv.weight.detach().unflatten(0, (3, 4, 8))
     for head in range(4):

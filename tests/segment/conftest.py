@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 import labkit
-from labkit.runtime import scoped_seed
-from labkit.segment.ground import ClipSeg
-from labkit.segment.refine import Sam2, build_sam2
-from labkit.segment.weights import ClipSegPin, PresencePin, Profile, Sam2Pin
+from labkit.runtime import use_seed
+from labkit.segment.checkpoints import ClipSegPin, PresencePin, Profile, Sam2Pin
+from labkit.segment.clipseg import ClipSeg
+from labkit.segment.sam2 import Sam2, build_sam2
 
 SIDE, LONGEST = 64, 24
 CONFIG = Path(labkit.__file__).parent / "assets" / "sam2-tiny" / "sam2.yaml"
@@ -83,7 +83,7 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
     folder = tmp_path_factory.mktemp("weights")
     pin = Sam2Pin(source=str(folder), filename="sam2.safetensors", config=str(CONFIG))
-    with scoped_seed(0):
+    with use_seed(0):
         save_clipseg(folder / "clipseg")
         sam2 = build_sam2(pin)
         enliven(sam2)

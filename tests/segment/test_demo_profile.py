@@ -11,14 +11,14 @@ import pytest
 
 import labkit
 from labkit.images import load_image
-from labkit.object_scenes import EVALUATION_SEED, object_scene
+from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 from labkit.runtime import InputError, SourceError
-from labkit.segment import weights
+from labkit.segment import checkpoints as weights
 from labkit.segment.bench import measure_scenes
+from labkit.segment.checkpoints import get_profile
 from labkit.segment.examples import example
 from labkit.segment.metrics import iou
 from labkit.segment.pipeline import TextSegmenter
-from labkit.segment.weights import get_profile
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_true_sentence_is_outlined_and_a_false_one_is_absent(segmenter: TextSe
 
 @pytest.mark.parametrize("sentence", ["zebra", "a very long telephone", "violin", "two umbrellas"])
 def test_words_of_another_world_find_nothing(segmenter: TextSegmenter, sentence: str) -> None:
-    scenes = (object_scene(number, seed=EVALUATION_SEED) for number in range(3000, 3006))
+    scenes = (make_object_scene(number, seed=EVALUATION_SEED) for number in range(3000, 3006))
     assert sum(bool(segmenter(scene.image, [sentence]).objects) for scene in scenes) <= 1
 
 

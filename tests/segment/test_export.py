@@ -14,8 +14,8 @@ from pycocotools.coco import COCO
 
 from labkit.runtime import InputError
 from labkit.segment.export import coco_document
-from labkit.segment.findings import Answer, Findings, FoundObject
 from labkit.segment.presence import Evidence
+from labkit.segment.results import Answer, Findings, FoundObject
 from labkit.segment.rle import encode_mask
 from tests.segment.conftest import noise
 

@@ -22,8 +22,8 @@ from benchmarks.standins import SENTENCES
 from labkit.files import has_digest
 from labkit.images import load_image
 from labkit.runtime import SourceError
+from labkit.segment.checkpoints import ClipSegPin, Profile, Sam2Pin, get_profile
 from labkit.segment.pipeline import TextSegmenter
-from labkit.segment.weights import ClipSegPin, Profile, Sam2Pin, get_profile
 from tests.conftest import hub_at
 from tests.loopback import Fault, LoopbackHub, LoopbackServer
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from labkit.runtime import InputError
+from labkit.segment.checkpoints import PresencePin, Profile
 from labkit.segment.pipeline import TextSegmenter
 from labkit.segment.prompts import Prompt
-from labkit.segment.refine import Sam2
+from labkit.segment.sam2 import Sam2
 from labkit.segment.segmentation import Segmentation
-from labkit.segment.weights import PresencePin, Profile
 from tests.segment.conftest import CallsOf, noise
 
 GRID = 48

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from labkit.segment.checkpoints import PresencePin, get_profile
 from labkit.segment.presence import Evidence, gather, reason, score
-from labkit.segment.weights import PresencePin, get_profile
 
 PIN = PresencePin(strength=1.5, contrast=3.0, rivalry=-3.0, agreement=1.0, constant=-0.2)
 PINS = {"by hand": PIN, "full": get_profile("full").presence}

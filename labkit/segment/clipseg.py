@@ -15,9 +15,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from labkit.memory import in_parts
-from labkit.runtime import InputError, Precision, SourceError, one_line, resolve_precision
-from labkit.segment.weights import ClipSegPin
+from labkit.runtime import (
+    InputError,
+    Precision,
+    SourceError,
+    as_one_line,
+    resolve_precision,
+    run_in_parts,
+)
+from labkit.segment.checkpoints import ClipSegPin
 
 _SENTENCES_AT_ONCE = 16
 
@@ -52,7 +58,7 @@ class ClipSeg:
             if known != needed:
                 raise ValueError(f"its tokenizer has {known} tokens, its model {needed}")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = one_line(error)
+            reason = as_one_line(error)
             raise SourceError(f"{pin.source} could not be loaded as a CLIPSeg: {reason}") from error
         except Exception as error:  # safetensors' own class has no other base
             if type(error).__name__ != "SafetensorError":
@@ -97,7 +103,7 @@ class ClipSeg:
             raise InputError("sentences must name at least one thing to look for, got none")
         conditions = self._conditions(sentences, templates)
         layers = self._layers(image)
-        maps = in_parts(
+        maps = run_in_parts(
             lambda part: self._decoded(layers, conditions[part], image.shape[:2]),
             len(sentences),
             size=_SENTENCES_AT_ONCE,

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from labkit.memory import OutOfMemoryError, in_parts, is_out_of_memory
-from labkit.runtime import Precision, SourceError, one_line, resolve_precision, scoped_seed
+from labkit.runtime import (
+    OutOfMemoryError,
+    Precision,
+    SourceError,
+    as_one_line,
+    is_out_of_memory,
+    resolve_precision,
+    run_in_parts,
+    use_seed,
+)
+from labkit.segment.checkpoints import Sam2Pin
 from labkit.segment.prompts import Prompt
-from labkit.segment.weights import Sam2Pin
 
 Logits = NDArray[np.float32]
 Masks = NDArray[np.bool_]
@@ -83,7 +91,7 @@ class Sam2:
         from safetensors.torch import load_file
 
         file = pin.file()
-        with scoped_seed(0):
+        with use_seed(0):
             model = build_sam2(pin)
         try:
             if file.suffix == ".safetensors":
@@ -92,7 +100,7 @@ class Sam2:
                 weights = torch.load(file, map_location="cpu", weights_only=True)["model"]
             model.load_state_dict(weights)
         except Exception as error:  # safetensors', pickle's, zipfile's and torch's own
-            cause = one_line(error)
+            cause = as_one_line(error)
             raise SourceError(f"{file} could not be loaded as {pin.config}: {cause}") from error
         return cls(model, device, resolve_precision("auto", device))
 
@@ -287,7 +295,7 @@ def repeats(a: Masks, b: Masks) -> bool:
 
 def _joined(predict: Callable[[slice], tuple[Logits, Logits]], count: int) -> tuple[Logits, Logits]:
     """Logits (N, 4, G, G) and IoUs (N, 4) of `count` prompts, predicted in parts that fit."""
-    parts = in_parts(predict, count, size=_PROMPTS_AT_ONCE, what="prompts")
+    parts = run_in_parts(predict, count, size=_PROMPTS_AT_ONCE, what="prompts")
     logits, ious = zip(*parts, strict=True)
     return np.concatenate(logits), np.concatenate(ious)
 

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from labkit.classify.checkpoint import CheckpointStore
+from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData
-from labkit.classify.engine import fit
-from labkit.classify.loop import Trainer, check_health, try_compile
-from labkit.classify.presets import AugmentConfig, TrainConfig
+from labkit.classify.fit import fit
 from labkit.classify.run import load_run
+from labkit.classify.trainer import Trainer, check_health, try_compile
 from labkit.runtime import InputError, Precision, TrainingError
 
 FP32 = Precision(autocast_dtype=None, scale_loss=False)
@@ -50,8 +50,8 @@ def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) ->
     run = fit(config, data=squares)
 
     torch.manual_seed(config.seed)
-    from labkit.classify.counter import permutation
     from labkit.classify.models import build_model
+    from labkit.rng import permutation
 
     model = build_model("vit", classes=3, image_size=16, **config.model_options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -164,8 +164,8 @@ SCRIPT = """
     import sys
     from tests.classify.conftest import coloured_squares
     from labkit.classify.data import ImageData
-    from labkit.classify.engine import fit
-    from labkit.classify.presets import TrainConfig
+    from labkit.classify.fit import fit
+    from labkit.classify.config import TrainConfig
     import json, torch
 
     data = ImageData(

@@ -13,7 +13,8 @@ from labkit.segment.division import divided
 from labkit.segment.instances import relative
 from labkit.segment.presence import Evidence
 from labkit.segment.prompts import Prompt, competing_ground, make_prompts
-from labkit.segment.refine import (
+from labkit.segment.residue import unexplained
+from labkit.segment.sam2 import (
     Candidate,
     ImageFeatures,
     Sam2,
@@ -22,7 +23,6 @@ from labkit.segment.refine import (
     distinct,
     enlarged,
 )
-from labkit.segment.residue import unexplained
 
 Maps = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from labkit.files import has_digest, hub_file
-from labkit.runtime import InputError, SourceError, root_cause
+from labkit.files import download_from_hub, has_digest
+from labkit.runtime import InputError, SourceError, find_root_cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,9 @@ class _Pin:
             _check_local(Path(self.source) / filename, self.digest)
             return Path(self.source) / filename
         try:
-            return hub_file(self.source, filename, revision=self.revision, digest=self.digest)
+            return download_from_hub(
+                self.source, filename, revision=self.revision, digest=self.digest
+            )
         except SourceError as error:
             raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
 
@@ -236,4 +238,6 @@ def _snapshot(repo: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # its own, httpx's and the system's have no common base
-        raise SourceError(f"could not download {repo}: {root_cause(error)}. {_REMEDY}") from error
+        raise SourceError(
+            f"could not download {repo}: {find_root_cause(error)}. {_REMEDY}"
+        ) from error

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labkit.segment.inquiry import Inquiry, opened, pursued
+from labkit.segment.generate import Inquiry, opened, pursued
 from labkit.segment.presence import Evidence
 from tests.segment.heatmaps import Mask, disc
 from tests.segment.stubs import GRID, PATCH, Knowing, Thing

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.functional import resize
 
-from labkit.memory import OutOfMemoryError
-from labkit.runtime import InputError, SourceError
-from labkit.segment import ground
-from labkit.segment.ground import ClipSeg, working_size
-from labkit.segment.weights import ClipSegPin, Profile
+from labkit.runtime import InputError, OutOfMemoryError, SourceError
+from labkit.segment import clipseg as ground
+from labkit.segment.checkpoints import ClipSegPin, Profile
+from labkit.segment.clipseg import ClipSeg, working_size
 from tests.segment.conftest import CPU, SIDE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]

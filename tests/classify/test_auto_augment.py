@@ -9,32 +9,32 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
 
-from labkit.classify import policies
-from labkit.classify.counter import integers
+from labkit.classify import auto_augment
+from labkit.rng import integers
 from labkit.runtime import InputError
 
 Space = dict[str, tuple[Tensor, bool]]
 SIZES = [(32, 32), (24, 40), (2, 7)]
 POLICIES = [
-    policies.trivial_augment,
-    policies.rand_augment,
-    partial(policies.rand_augment, operations=3, magnitude=30),
+    auto_augment.trivial_augment,
+    auto_augment.rand_augment,
+    partial(auto_augment.rand_augment, operations=3, magnitude=30),
 ]
 
 
 def reference_space(policy: str, height: int, width: int) -> Space:
     space: Space
     if policy == "trivial":
-        space = TrivialAugmentWide()._augmentation_space(policies.BINS)
+        space = TrivialAugmentWide()._augmentation_space(auto_augment.BINS)
     else:
-        space = RandAugment()._augmentation_space(policies.BINS, (height, width))
+        space = RandAugment()._augmentation_space(auto_augment.BINS, (height, width))
     return space
 
 
 def our_space(policy: str, height: int, width: int) -> Tensor:
     if policy == "trivial":
-        return policies.trivial_space()
-    return policies.rand_space(height, width)
+        return auto_augment.trivial_space()
+    return auto_augment.rand_space(height, width)
 
 
 def reference(image: Tensor, name: str, magnitude: float) -> Tensor:
@@ -71,16 +71,16 @@ def half_way(name: str, magnitude: float, height: int, width: int) -> Tensor:
 def test_magnitudes_and_signs_are_torchvisions(policy: str, height: int, width: int) -> None:
     expected = reference_space(policy, height, width)
     ours = our_space(policy, height, width)
-    assert tuple(expected) == policies.NAMES
+    assert tuple(expected) == auto_augment.NAMES
     for row, signed, (name, (magnitudes, expected_signed)) in zip(
-        ours, policies._IS_SIGNED, expected.items(), strict=True
+        ours, auto_augment._IS_SIGNED, expected.items(), strict=True
     ):
-        assert torch.equal(row, magnitudes.float().expand(policies.BINS)), name
+        assert torch.equal(row, magnitudes.float().expand(auto_augment.BINS)), name
         assert bool(signed) == expected_signed, name
 
 
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
-@pytest.mark.parametrize("name", policies.NAMES)
+@pytest.mark.parametrize("name", auto_augment.NAMES)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_each_operation_equals_torchvisions(
     name: str, policy: str, height: int, width: int
@@ -89,9 +89,9 @@ def test_each_operation_equals_torchvisions(
     values = magnitudes.reshape(-1).float()
     values = torch.cat([values, -values]) if signed else values
     for image in varied_images(height, width):
-        ours = policies.apply_operations(
+        ours = auto_augment.apply_operations(
             image.expand(len(values), -1, -1, -1),
-            torch.full(values.shape, policies.NAMES.index(name)),
+            torch.full(values.shape, auto_augment.NAMES.index(name)),
             values,
         )
         for result, magnitude in zip(ours, values.tolist(), strict=True):
@@ -102,7 +102,7 @@ def test_each_operation_equals_torchvisions(
 
 def test_trivial_shears_of_small_images_leave_no_pixel_undecided() -> None:
     # So that the test above compares every pixel of a 32 x 32 image.
-    for magnitude in policies.trivial_space()[policies.NAMES.index("ShearX")].tolist():
+    for magnitude in auto_augment.trivial_space()[auto_augment.NAMES.index("ShearX")].tolist():
         assert not half_way("ShearX", magnitude, 32, 32).any()
 
 
@@ -111,11 +111,11 @@ def drawn_operation(
 ) -> tuple[str, float]:
     """What the image at `index` undergoes with seed 3 in epoch 4."""
     counter = (3, 4, torch.tensor([index]))
-    operation = int(integers(*counter, f"policy.operation.{step}", len(policies.NAMES)))
+    operation = int(integers(*counter, f"policy.operation.{step}", len(auto_augment.NAMES)))
     negative = bool(integers(*counter, f"policy.sign.{step}", 2))
-    name = policies.NAMES[operation]
+    name = auto_augment.NAMES[operation]
     magnitudes, signed = reference_space(policy, *size)[name]
-    magnitude = float(magnitudes.expand(policies.BINS)[bin_])
+    magnitude = float(magnitudes.expand(auto_augment.BINS)[bin_])
     return name, -magnitude if signed and negative else magnitude
 
 
@@ -123,9 +123,9 @@ def test_trivial_augment_applies_to_each_image_what_its_index_draws() -> None:
     images, indices = noise(150), torch.arange(1000, 1150)
     drawn = set()
     for image, index, result in zip(
-        images, indices.tolist(), policies.trivial_augment(images, 3, 4, indices), strict=True
+        images, indices.tolist(), auto_augment.trivial_augment(images, 3, 4, indices), strict=True
     ):
-        bin_ = int(integers(3, 4, torch.tensor([index]), "policy.magnitude", policies.BINS))
+        bin_ = int(integers(3, 4, torch.tensor([index]), "policy.magnitude", auto_augment.BINS))
         name, magnitude = drawn_operation("trivial", (32, 32), index, 0, bin_)
         assert torch.equal(result, reference(image, name, magnitude)), name
         drawn.add((name, magnitude < 0))
@@ -135,7 +135,7 @@ def test_trivial_augment_applies_to_each_image_what_its_index_draws() -> None:
 @pytest.mark.parametrize("operations", [1, 3])
 def test_rand_augment_applies_its_operations_in_turn(operations: int) -> None:
     images, indices = noise(60), torch.arange(60)
-    ours = policies.rand_augment(images, 3, 4, indices, operations=operations, magnitude=19)
+    ours = auto_augment.rand_augment(images, 3, 4, indices, operations=operations, magnitude=19)
     sequences = set()
     for image, index, result in zip(images, indices.tolist(), ours, strict=True):
         steps = [drawn_operation("rand", (32, 32), index, step, 19) for step in range(operations)]
@@ -185,7 +185,7 @@ def test_an_empty_batch_stays_empty(policy: Callable[..., Tensor]) -> None:
     assert policy(noise(0), 0, 0, torch.arange(0)).shape == (0, 3, 32, 32)
 
 
-@pytest.mark.parametrize("policy", [policies.trivial_augment, policies.rand_augment])
+@pytest.mark.parametrize("policy", [auto_augment.trivial_augment, auto_augment.rand_augment])
 @pytest.mark.parametrize(
     ("images", "count", "word"),
     [
@@ -205,7 +205,7 @@ def test_images_and_indices_that_do_not_fit_are_refused(
 @pytest.mark.parametrize("setting", [{"operations": 0}, {"magnitude": 31}, {"magnitude": -1}])
 def test_settings_out_of_range_are_refused(setting: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(setting))):
-        policies.rand_augment(noise(2), 0, 0, torch.arange(2), **setting)
+        auto_augment.rand_augment(noise(2), 0, 0, torch.arange(2), **setting)
 
 
 @pytest.mark.gpu

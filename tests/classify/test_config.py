@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from labkit.classify.presets import (
+from labkit.classify.config import (
     PRESETS,
     AugmentConfig,
     TrainConfig,

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from labkit.classify.augment import TrainingImages
 from labkit.classify.checkpoint import restore_optimizer
-from labkit.classify.counter import permutation
+from labkit.classify.config import TrainConfig
 from labkit.classify.optim import lr_at, set_lr
-from labkit.classify.presets import TrainConfig
+from labkit.rng import permutation
 from labkit.runtime import Precision, TrainingError, World
 
 logger = logging.getLogger(__name__)

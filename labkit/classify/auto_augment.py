@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from labkit.classify.counter import integers
+from labkit.rng import integers
 from labkit.runtime import InputError
 
 BINS = 31

@@ -15,13 +15,12 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam2.utils.amg import calculate_stability_score
 from skimage.morphology import area_closing, area_opening
 
-from labkit.files import checksum
-from labkit.memory import OutOfMemoryError
-from labkit.runtime import SourceError
-from labkit.segment import refine
+from labkit.files import compute_checksum
+from labkit.runtime import OutOfMemoryError, SourceError
+from labkit.segment import sam2 as refine
+from labkit.segment.checkpoints import Profile
 from labkit.segment.prompts import Prompt
-from labkit.segment.refine import Candidate, Sam2
-from labkit.segment.weights import Profile
+from labkit.segment.sam2 import Candidate, Sam2
 from tests.segment.conftest import CPU, CallsOf, noise
 
 SIDE, GRID = 192, 48
@@ -239,7 +238,7 @@ def test_checkpoint_in_metas_layout_gives_the_same_model(
 ) -> None:
     pin = tiny_profile.sam2["tiny"]
     file = as_published(Path(shutil.copy(pin.file(), tmp_path)))
-    digest = f"sha256:{checksum(file)}"
+    digest = f"sha256:{compute_checksum(file)}"
     other = Sam2.from_pin(
         replace(pin, source=str(tmp_path), filename=file.name, digest=digest), CPU
     )
@@ -294,7 +293,7 @@ def test_files_of_no_whole_sam2_are_refused_in_one_line(
 
 def test_altered_file_is_refused_by_its_digest(tiny_profile: Profile, tmp_path: Path) -> None:
     pin = tiny_profile.sam2["tiny"]
-    digest = f"sha256:{checksum(pin.file())}"
+    digest = f"sha256:{compute_checksum(pin.file())}"
     assert Sam2.from_pin(replace(pin, digest=digest), CPU).side == SIDE
     data = bytearray(pin.file().read_bytes())
     data[-1] ^= 1

@@ -13,25 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from labkit.classify.augment import TrainingImages, normalise
+from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, Split, hold_out, load_data
-from labkit.classify.inference import predict
+from labkit.classify.evaluate import predict
 from labkit.classify.keeper import Keeper
-from labkit.classify.loop import Trainer, TrainState, check_health, train_one_epoch, try_compile
 from labkit.classify.models import model_for
 from labkit.classify.optim import build_optimizer
-from labkit.classify.presets import TrainConfig
 from labkit.classify.run import Run, evaluate, training_facts
 from labkit.classify.speednet import SpeedNet
+from labkit.classify.trainer import Trainer, TrainState, check_health, train_one_epoch, try_compile
 from labkit.runtime import (
     InputError,
     Interrupt,
     Precision,
     World,
-    deferred_interrupt,
+    defer_interrupt,
     pick_device,
     resolve_precision,
-    scoped_seed,
     shows_progress,
+    use_seed,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class _Watch:
             unit="img",
             unit_scale=True,
             desc=trainer.config.preset,
-            disable=not (trainer.world.leads and shows_progress()),
+            disable=not (trainer.world.is_main_process and shows_progress()),
         )
 
     def __call__(self, seen: int) -> None:
@@ -133,9 +133,9 @@ def fit(
     precision = resolve_precision(config.precision, place)
     data = load_data(config.data, image_size=config.image_size) if data is None else data
     _check_size(config, data)
-    leads = world.leads
+    leads = world.is_main_process
     keeper = Keeper(_path(out), _path(mirror), config, data.fingerprint)
-    with world.joined(place), scoped_seed(config.seed):
+    with world.joined(place), use_seed(config.seed):
         if leads:
             keeper.bring_back()
         world.wait()
@@ -197,7 +197,7 @@ def _train(
         step = state.epoch * trainer.steps_per_epoch + state.step
         keeper.save(state.to_dict(), step)
 
-    with deferred_interrupt() as interrupt:
+    with defer_interrupt() as interrupt:
         watch = _Watch(trainer, state, save, save_every, interrupt)
         with watch.bar:
             while state.epoch < trainer.config.epochs:
