@@ -12,7 +12,7 @@ from labkit.images import load_image
 from labkit.object_scenes import make_object_scene
 from labkit.runtime import LabkitError, gpu_advice, pick_device
 from labkit.segment.pipeline import TextSegmenter
-from labkit.segment.segmentation import Segmentation
+from labkit.segment.results import Segmentation
 
 __all__ = [
     "PRESETS",

@@ -111,9 +111,9 @@ def segment(
     Of several, one that cannot be read does not stop the others.
     """
     from labkit.images import describe
-    from labkit.segment.pipeline import TextSegmenter, checked_sentences
+    from labkit.segment.pipeline import TextSegmenter, check_sentences
 
-    checked_sentences(prompt, not_ or ())
+    check_sentences(prompt, not_ or ())
     sources = _expanded(images)
     segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
     failed = 0
@@ -130,10 +130,10 @@ def segment(
         folder = out if len(sources) == 1 else out / f"{number:04d}-{Path(name).stem}"
         found.save(folder, name)
         note = f"  [{found.note}]" if found.note else ""
-        for answer in found.answers:
-            count = len(found.objects_of(answer.prompt))
-            verdict = f"{count} found" if count else f"not found: {answer.reason}"
-            print(f"{name}  {answer.prompt!r}  {verdict} (presence {answer.presence:.2f}){note}")
+        for result in found.sentences:
+            count = len(result.objects)
+            verdict = f"{count} found" if count else f"not found: {result.reason}"
+            print(f"{name}  {result.sentence!r}  {verdict} (presence {result.presence:.2f}){note}")
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")

@@ -99,11 +99,11 @@ class Scene:
         """All sentences of the vocabulary that name nothing in the picture, sorted."""
         return tuple(s for s in SCENE_SENTENCES if s not in self.present)
 
-    def named(self, sentence: str) -> NDArray[np.bool_]:
+    def masks_of(self, sentence: str) -> NDArray[np.bool_]:
         """Masks (K, H, W) of the objects that `sentence` names; K is 0 if it names none."""
         return self.masks[[sentence in thing.sentences for thing in self.objects]]
 
-    def questions(self, seed: int, *, present: int = 3, absent: int = 3) -> tuple[str, ...]:
+    def sample_sentences(self, seed: int, *, present: int = 3, absent: int = 3) -> tuple[str, ...]:
         """Sentences to ask: `present` that are true of the scene, then `absent` that are not.
 
         Half of the absent ones, rounded up, miss an object of the picture by one word; the others

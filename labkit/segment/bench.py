@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from labkit.object_scenes import EVALUATION_SEED, Scene, make_object_scene
+from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 from labkit.runtime import InputError, shows_progress
 from labkit.segment.metrics import (
     auroc,
@@ -23,7 +24,6 @@ from labkit.segment.metrics import (
     pair_counts,
 )
 from labkit.segment.pipeline import TextSegmenter
-from labkit.segment.segmentation import Segmentation
 
 WEAK_PEAK = 0.013  # the highest probability in the lab's own failed example
 _THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)
@@ -31,48 +31,54 @@ _THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sentence asked of one scene; IoUs are of everything that it names, and NaN if nothing.
+    """One sentence asked of one scene.
+
+    IoUs are of everything that the sentence names; they are NaN if it names nothing.
 
     Attributes:
-        scene: its number.
-        present: whether the sentence is true.
-        presence, said: the score and the verdict; `weak_said` with weak maps.
-        iou: of the answer; 0 if the gate turned a true sentence away.
-        boundary_iou: of the same.
-        assumed_iou, weak_iou: with presence assumed, from the maps and from weak ones.
+        scene: number of the scene.
+        is_true: whether the sentence names something in it.
+        presence: the presence score.
+        present: the verdict.
+        weak_present: the verdict from weak maps.
+        iou: of the masks; 0 if a true sentence was found absent.
+        boundary_iou: of the same masks.
+        assumed_iou: with presence assumed.
+        weak_iou: with presence assumed, from weak maps.
         clipseg_ious: (19,) of the map alone, thresholded at 0.05, 0.10, ..., 0.95.
-        objects, found: true objects, and those with a mask of IoU 0.5 or more of their own.
-        counts: (12,) of the answer, see `labkit.segment.metrics.pair_counts`.
+        num_objects: how many objects the sentence names.
+        num_hits: how many of them have a mask of IoU 0.5 or more of their own.
+        counts: (12,) see `labkit.segment.metrics.pair_counts`.
     """
 
     scene: int
-    present: bool
+    is_true: bool
     presence: float
-    said: bool
-    weak_said: bool
+    present: bool
+    weak_present: bool
     iou: float
     boundary_iou: float
     assumed_iou: float
     weak_iou: float
     clipseg_ious: NDArray[np.float64]
-    objects: int
-    found: int
+    num_objects: int
+    num_hits: int
     counts: NDArray[np.int64]
 
 
 def measure_scenes(
     segmenter: TextSegmenter, count: int = 500, *, seed: int = EVALUATION_SEED, start: int = 0
 ) -> dict[str, Any]:
-    """Quality on `count` scenes, asking each three sentences that are true of it and three not.
+    """Measure quality on `count` scenes, asking each three sentences that are true and three not.
 
     Args:
-        segmenter: any profile; the answer says which weights it has.
+        segmenter: of any profile; the result names its weights.
         count: at least 2, so that there is an interval.
         seed: of the scenes; that of evaluation is never trained, tuned or calibrated on.
-        start: the first scene.
+        start: number of the first scene.
 
     Returns:
-        Figures in [0, 1] with 95 % intervals from resampled scenes; see `summary`.
+        Figures in [0, 1] with 95 % intervals from resampled scenes; see `summarize`.
 
     Raises:
         InputError: `count` is below 2.
@@ -80,64 +86,55 @@ def measure_scenes(
     if count < 2:
         raise InputError(f"count must be at least 2, got {count}")
     numbers = tqdm(range(start, start + count), desc="scenes", disable=not shows_progress())
-    rows = [row for number in numbers for row in scene_rows(segmenter, number, seed)]
-    return {"seed": seed, "start": start, "weights": segmenter.models, **summary(rows)}
+    rows = [row for number in numbers for row in measure_scene(segmenter, number, seed)]
+    return {"seed": seed, "start": start, "weights": segmenter.models, **summarize(rows)}
 
 
-def scene_rows(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]:
-    """A row for each sentence asked of scene `number`."""
+def measure_scene(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]:
+    """Measure one scene: a row for each sentence asked of it."""
     scene = make_object_scene(number, seed=seed)
-    sentences = scene.questions(number)
-    maps = segmenter.clipseg.heat_maps(scene.image, sentences, segmenter.templates)
-    weak = maps * (WEAK_PEAK / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12))
-    true = [index for index, sentence in enumerate(sentences) if sentence in scene.present]
-    wanted = [sentences[index] for index in true]
-    gated = segmenter.refine(scene.image, sentences, maps, assume_present=False)
-    weakly = segmenter.refine(scene.image, sentences, weak, assume_present=False)
-    assumed = segmenter.refine(scene.image, wanted, maps[true], assume_present=True)
-    weakened = segmenter.refine(scene.image, wanted, weak[true], assume_present=True)
-    return [
-        _row(scene, number, sentence, gated, weakly, assumed, weakened) for sentence in sentences
-    ]
-
-
-def _row(
-    scene: Scene,
-    number: int,
-    sentence: str,
-    gated: Segmentation,
-    weakly: Segmentation,
-    assumed: Segmentation,
-    weakened: Segmentation,
-) -> Row:
-    truth = scene.named(sentence)
-    whole = truth.any(axis=0)
-    there = len(truth) > 0
-    answer = gated.answer(sentence)
-    found = [thing.mask for thing in gated.objects_of(sentence)]
-    masks = np.array(found, dtype=bool).reshape(-1, *whole.shape)
-    union = masks.any(axis=0)
-    hits, _, _ = instance_counts(truth, masks, 0.5)
-    nothing = float("nan")
-    return Row(
-        scene=number,
-        present=there,
-        presence=answer.presence,
-        said=answer.present,
-        weak_said=weakly.answer(sentence).present,
-        iou=iou(whole, union) if there else nothing,
-        boundary_iou=boundary_iou(whole, union) if there else nothing,
-        assumed_iou=iou(whole, assumed.mask_of(sentence)) if there else nothing,
-        weak_iou=iou(whole, weakened.mask_of(sentence)) if there else nothing,
-        clipseg_ious=_threshold_ious(answer.heat, whole),
-        objects=len(truth),
-        found=hits,
-        counts=pair_counts(truth, masks),
+    sentences = scene.sample_sentences(number)
+    maps = segmenter.clipseg.predict_heat(scene.image, sentences, segmenter.templates)
+    weak_maps = maps * (WEAK_PEAK / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12))
+    is_true = [sentence in scene.present for sentence in sentences]
+    true_sentences = [s for s, true in zip(sentences, is_true, strict=True) if true]
+    gated, weak = (
+        segmenter.segment_maps(scene.image, sentences, wanted=each) for each in (maps, weak_maps)
     )
+    assumed, weak_assumed = (
+        segmenter.segment_maps(
+            scene.image, true_sentences, wanted=each[is_true], assume_present=True
+        )
+        for each in (maps, weak_maps)
+    )
+    rows = []
+    for sentence in sentences:
+        result, truth = gated[sentence], scene.masks_of(sentence)
+        whole = truth.any(axis=0)
+        masks = np.array([o.mask for o in result.objects], dtype=bool).reshape(-1, *whole.shape)
+        true = len(truth) > 0
+        rows.append(
+            Row(
+                scene=number,
+                is_true=true,
+                presence=result.presence,
+                present=result.present,
+                weak_present=weak[sentence].present,
+                iou=iou(whole, result.mask) if true else math.nan,
+                boundary_iou=boundary_iou(whole, result.mask) if true else math.nan,
+                assumed_iou=iou(whole, assumed[sentence].mask) if true else math.nan,
+                weak_iou=iou(whole, weak_assumed[sentence].mask) if true else math.nan,
+                clipseg_ious=_threshold_ious(result.heat, whole),
+                num_objects=len(truth),
+                num_hits=instance_counts(truth, masks, 0.5)[0],
+                counts=pair_counts(truth, masks),
+            )
+        )
+    return rows
 
 
 def _threshold_ious(heat: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """IoU of the map, brought to the size of the image, at each threshold."""
+    """IoU (19,) of the map, brought to the size of the image, at each threshold."""
     from PIL import Image
 
     size = (truth.shape[1], truth.shape[0])
@@ -145,20 +142,20 @@ def _threshold_ious(heat: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDAr
     return np.array([iou(truth, large >= threshold) for threshold in _THRESHOLDS])
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of all rows.
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """Summarise the rows of all sentences as figures.
 
     `miou` and the other mean IoUs are over true sentences. `miou_clipseg_only` is at the one
     threshold that is best for it on these very scenes, which favours it. `instance_recall` is over
     the objects of sentences that name two or more.
     """
-    true = [row for row in rows if row.present]
-    several = [row for row in true if row.objects > 1]
+    true = [row for row in rows if row.is_true]
+    several = [row for row in true if row.num_objects > 1]
     scenes = np.array([row.scene for row in rows])
     true_scenes = np.array([row.scene for row in true])
-    truth = np.array([row.present for row in rows])
+    truth = np.array([row.is_true for row in rows])
     presence = np.array([row.presence for row in rows])
-    said = np.array([row.said for row in rows])
+    present = np.array([row.present for row in rows])
     by_threshold = np.array([row.clipseg_ious for row in true]).mean(axis=0)
     best = int(by_threshold.argmax())
 
@@ -169,9 +166,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     ious, alone = mean([r.iou for r in true]), mean([r.clipseg_ious[best] for r in true])
     gain = mean([row.iou - row.clipseg_ious[best] for row in true])
     assumed, weak = mean([r.assumed_iou for r in true]), mean([r.weak_iou for r in true])
-    recall = np.array([(row.found, row.objects) for row in several], dtype=float)
+    recall = np.array([(row.num_hits, row.num_objects) for row in several], dtype=float)
     concept = cgf1(np.stack([row.counts for row in rows]))
-    verdicts = np.column_stack([truth, said, presence]).astype(float)
+    verdicts = np.column_stack([truth, present, presence]).astype(float)
     return {
         "n_scenes": len(set(scenes.tolist())),
         "n_sentences": len(rows),
@@ -190,9 +187,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "miou_peak_0013_ci": weak["ci"],
         "presence_auroc": auroc(truth, presence),
         "presence_auroc_ci": _interval(verdicts, scenes, lambda r: auroc(r[:, 0] > 0, r[:, 2])),
-        "presence_mcc": mcc(truth, said),
+        "presence_mcc": mcc(truth, present),
         "presence_mcc_ci": _interval(verdicts, scenes, lambda r: mcc(r[:, 0] > 0, r[:, 1] > 0)),
-        "presence_mcc_peak_0013": mcc(truth, np.array([row.weak_said for row in rows])),
+        "presence_mcc_peak_0013": mcc(truth, np.array([row.weak_present for row in rows])),
         "n_sentences_of_several": len(several),
         "n_objects_of_several": int(recall[:, 1].sum()) if several else 0,
         "instance_recall": float(recall[:, 0].sum() / recall[:, 1].sum()) if several else None,

@@ -1,4 +1,4 @@
-"""Which weights each profile uses: one table of pins, and one way to fetch and check them."""
+"""Which weights each profile uses: a table of checkpoints, and how they are fetched and checked."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from labkit.runtime import InputError, SourceError, find_root_cause
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pin:
-    """A repository of the hub at a revision, or a folder, and the digest of the weights in it.
+class Checkpoint:
+    """A file of weights, in a repository of the Hugging Face hub or in a folder.
 
-    In a folder, a digest of "" means that it is not checked.
+    Attributes:
+        source: the repository, "owner/name", or the path of a folder.
+        filename: the file of the weights in it.
+        revision: the commit of the repository, or "main".
+        digest: expected checksum of the file, "sha256:..." in hex. In a folder it may be "", which
+            means that nothing is checked.
     """
 
     source: str
+    filename: str = "model.safetensors"
     revision: str = "main"
     digest: str = ""
 
     @property
     def name(self) -> str:
-        """For a reader: the source and its revision."""
+        """The source and its revision, for reports."""
         if self._is_folder:
             return f"{Path(self.source).name} (local)"
         return f"{self.source} at {self.revision[:12]}"
@@ -35,54 +41,60 @@ class _Pin:
     def _is_folder(self) -> bool:
         return Path(self.source).is_dir()
 
-    def _weights(self, filename: str) -> Path:
-        """The file of the weights, downloaded if need be; then the cache is enough."""
+    def fetch(self) -> Path:
+        """The path of the weights, which are downloaded if they are not in the cache.
+
+        Raises:
+            SourceError: the file could not be had, or has another digest.
+        """
         if self._is_folder:
-            _check_local(Path(self.source) / filename, self.digest)
-            return Path(self.source) / filename
+            path = Path(self.source) / self.filename
+            _check_local(path, self.digest)
+            return path
         try:
             return download_from_hub(
-                self.source, filename, revision=self.revision, digest=self.digest
+                self.source, self.filename, revision=self.revision, digest=self.digest
             )
         except SourceError as error:
             raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
 
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSegPin(_Pin):
-    """A CLIPSeg: files as transformers saves them; the digest is that of `model.safetensors`."""
-
-    def folder(self) -> Path:
-        """The folder that holds the files, downloaded if need be; then the cache is enough.
+    def fetch_folder(self) -> Path:
+        """The folder with the weights and the small files beside them, such as the tokenizer.
 
         Raises:
-            SourceError: they could not be had, or the weights have another digest.
+            SourceError: a file could not be had, or the weights have another digest.
         """
-        folder = Path(self.source) if self._is_folder else _snapshot(self.source, self.revision)
-        self._weights("model.safetensors")
-        return folder
+        if self._is_folder:
+            return self.fetch().parent
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                self.source, revision=self.revision, allow_patterns=["*.json", "*.txt"]
+            )
+        except Exception as error:  # its own, httpx's and the system's have no common base
+            cause = find_root_cause(error)
+            raise SourceError(f"could not download {self.source}: {cause}. {_REMEDY}") from error
+        self.fetch()
+        return Path(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sam2Pin(_Pin):
-    """A SAM-2 checkpoint, and the configuration of its architecture.
+class Sam2Checkpoint(Checkpoint):
+    """The weights of a SAM-2, and the YAML file that describes its architecture.
 
-    `config` is a YAML file: a path, or a name among those of the sam2 package.
+    Attributes:
+        config: the path of the YAML file, or its name among those of the sam2 package.
     """
 
-    filename: str
     config: str
 
-    def file(self) -> Path:
-        """The checkpoint, downloaded and checked if need be.
+    def find_config(self) -> Path:
+        """The path of the YAML file.
 
         Raises:
-            SourceError: it could not be had, or has another digest.
+            SourceError: there is no such file.
         """
-        return self._weights(self.filename)
-
-    def config_file(self) -> Path:
-        """The YAML file of the architecture."""
         path = Path(self.config)
         if not path.is_absolute():
             path = Path(str(files("sam2"))) / "configs" / self.config
@@ -92,36 +104,51 @@ class Sam2Pin(_Pin):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresencePin:
-    """How evidence becomes a presence score; see `labkit.segment.presence`.
+class PresenceModel:
+    """A logistic regression from evidence to presence; see `labkit.segment.presence`.
 
-    Weights of the logit of strength, of contrast, of rivalry and of agreement, and a constant.
+    Attributes:
+        peak: weight of the logit of the peak.
+        contrast: weight of the contrast.
+        contrastive_margin: weight of the margin over the other sentences.
+        agreement: weight of the agreement of masks and heat.
+        constant: added to the weighted sum.
+        threshold: presence from which a sentence counts as true of the image.
     """
 
-    strength: float
+    peak: float
     contrast: float
-    rivalry: float
+    contrastive_margin: float
     agreement: float
     constant: float
-    cut: float = 0.5
+    threshold: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What one profile runs on; `note` stands on the face of all that it produces."""
+    """The weights that a segmenter runs on.
 
-    clipseg: ClipSegPin
-    sam2: Mapping[str, Sam2Pin]
+    Attributes:
+        clipseg: the CLIPSeg.
+        sam2: the SAM-2 checkpoints by size.
+        default_sam2: the size that is used when none is asked for.
+        presence: how evidence becomes a presence score.
+        templates: texts with one `{}` into which each sentence is filled.
+        note: stands on the face of every figure and report; "" for none.
+    """
+
+    clipseg: Checkpoint
+    sam2: Mapping[str, Sam2Checkpoint]
     default_sam2: str
-    presence: PresencePin
+    presence: PresenceModel
     templates: tuple[str, ...]
     note: str = ""
 
-    def sam2_pin(self, size: str | None) -> Sam2Pin:
-        """The checkpoint called `size`; the default one for None.
+    def get_sam2(self, size: str | None = None) -> Sam2Checkpoint:
+        """The checkpoint of a size; None means the default one.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: there is no such size.
         """
         name = size or self.default_sam2
         if name not in self.sam2:
@@ -129,8 +156,8 @@ class Profile:
         return self.sam2[name]
 
 
-def _published(size: str, short: str, digest: str, revision: str = "main") -> Sam2Pin:
-    return Sam2Pin(
+def _published_sam2(size: str, short: str, digest: str, revision: str = "main") -> Sam2Checkpoint:
+    return Sam2Checkpoint(
         source=f"facebook/sam2.1-hiera-{size}",
         filename=f"sam2.1_hiera_{size.replace('-', '_')}.pt",
         config=f"sam2.1/sam2.1_hiera_{short}.yaml",
@@ -143,22 +170,22 @@ _REMEDY = "Check the network and the source, or choose profile='demo', which nee
 _ASSETS = Path(str(files("labkit"))) / "assets"
 
 _FULL = Profile(
-    clipseg=ClipSegPin(
+    clipseg=Checkpoint(
         source="CIDAS/clipseg-rd64-refined",
         revision="999e0328d9e10b484360c477313983f9afdd7050",
         digest="sha256:d00ca85d6b859f9d07b7cfb8ef26fe9771cb275b34c9368f2ecf603139307f55",
     ),
     sam2={
-        "tiny": _published(
+        "tiny": _published_sam2(
             "tiny", "t", "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"
         ),
-        "small": _published(
+        "small": _published_sam2(
             "small", "s", "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"
         ),
-        "base-plus": _published(
+        "base-plus": _published_sam2(
             "base-plus", "b+", "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"
         ),
-        "large": _published(
+        "large": _published_sam2(
             "large",
             "l",
             "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
@@ -167,25 +194,12 @@ _FULL = Profile(
     },
     default_sam2="large",
     # Not calibrated, since no annotated photographs were at hand: with agreement 0.6 and the ground
-    # at 0, a probability of 0.3, the threshold published for CLIPSeg, lies just above the cut.
-    presence=PresencePin(strength=1.5, contrast=3.0, rivalry=-3.0, agreement=1.0, constant=-0.2),
+    # at 0, a probability of 0.3, at which CLIPSeg's authors cut, lies just above the threshold.
+    presence=PresenceModel(
+        peak=1.5, contrast=3.0, contrastive_margin=3.0, agreement=1.0, constant=-0.2
+    ),
     templates=("a photo of a {}",),
 )
-
-
-def check_installed() -> None:
-    """Make sure that what segmentation needs beyond labkit's own dependencies is there.
-
-    Raises:
-        SourceError: it is not; the message says how to install it.
-    """
-    needed = ("transformers", "sam2", "hydra", "iopath", "skimage", "pycocotools")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise SourceError(
-            f"segmentation needs {', '.join(missing)}: pip install 'labkit[segment]', then "
-            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
-        )
 
 
 def get_profile(name: str) -> Profile:
@@ -194,19 +208,23 @@ def get_profile(name: str) -> Profile:
     Raises:
         InputError: `name` is neither.
         SourceError: the files of "demo" are not all there.
+
+    Example:
+        >>> list(get_profile("full").sam2)
+        ['tiny', 'small', 'base-plus', 'large']
     """
     if name == "full":
         return _FULL
     if name != "demo":
         raise InputError(f"profile must be 'full' or 'demo', got {name!r}")
-    about = _ASSETS / "demo.json"
-    if not about.is_file():
-        raise SourceError(f"there is no {about}; install labkit anew, its assets are missing")
-    facts = json.loads(about.read_text())
+    path = _ASSETS / "demo.json"
+    if not path.is_file():
+        raise SourceError(f"there is no {path}; install labkit anew, its assets are missing")
+    facts = json.loads(path.read_text())
     return Profile(
-        clipseg=ClipSegPin(source=str(_ASSETS / "clipseg-tiny"), digest=facts["clipseg"]),
+        clipseg=Checkpoint(source=str(_ASSETS / "clipseg-tiny"), digest=facts["clipseg"]),
         sam2={
-            "demo": Sam2Pin(
+            "demo": Sam2Checkpoint(
                 source=str(_ASSETS / "sam2-tiny"),
                 filename="sam2.safetensors",
                 config=str(_ASSETS / "sam2-tiny" / "sam2.yaml"),
@@ -214,30 +232,32 @@ def get_profile(name: str) -> Profile:
             )
         },
         default_sam2="demo",
-        presence=PresencePin(**facts["presence"]),
+        presence=PresenceModel(**facts["presence"]),
         templates=("{}", "a photo of a {}"),
         note="demo: tiny models trained on procedural scenes",
     )
 
 
-def _check_local(file: Path, digest: str) -> None:
-    if not file.is_file():
-        raise SourceError(f"there is no {file}. {_REMEDY}")
-    if digest and not has_digest(file, digest):
+def check_installed() -> None:
+    """Make sure that the libraries which only segmentation needs are installed.
+
+    Raises:
+        SourceError: one is missing; the message says how to install it.
+    """
+    needed = ("transformers", "sam2", "hydra", "iopath", "cv2", "skimage", "pycocotools")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
         raise SourceError(
-            f"{file} has a wrong checksum (expected {digest}): it was altered or cut short. "
-            "Put the original back, or install labkit anew."
+            f"segmentation needs {', '.join(missing)}: pip install 'labkit[segment]', then "
+            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
         )
 
 
-def _snapshot(repo: str, revision: str) -> Path:
-    """The files of `repo` but for its weights, from the hub or, failing that, from its cache."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt"]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # its own, httpx's and the system's have no common base
+def _check_local(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise SourceError(f"there is no {path}. {_REMEDY}")
+    if digest and not has_digest(path, digest):
         raise SourceError(
-            f"could not download {repo}: {find_root_cause(error)}. {_REMEDY}"
-        ) from error
+            f"{path} has a wrong checksum (expected {digest}): it was altered or cut short. "
+            "Put the original back, or install labkit anew."
+        )

@@ -23,7 +23,7 @@ from labkit.runtime import (
     resolve_precision,
     run_in_parts,
 )
-from labkit.segment.checkpoints import ClipSegPin
+from labkit.segment.checkpoints import Checkpoint
 
 _SENTENCES_AT_ONCE = 16
 
@@ -42,55 +42,58 @@ class ClipSeg:
         self.device, self.precision = device, precision
 
     @classmethod
-    def from_pin(cls, pin: ClipSegPin, device: torch.device) -> ClipSeg:
-        """The model that `pin` names, in fp32 on a CPU and in fp16 or bf16 on a GPU.
+    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device) -> ClipSeg:
+        """Load a CLIPSeg: in fp32 on a CPU, in fp16 or bf16 on a GPU.
 
         Raises:
             SourceError: the files could not be had, or are not those of a CLIPSeg.
         """
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-        folder = pin.folder()
+        folder = checkpoint.fetch_folder()
         try:
             processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
-            model = _quietly_loaded(CLIPSegForImageSegmentation, folder)
+            model = _load_quietly(CLIPSegForImageSegmentation, folder)
             known, needed = len(processor.tokenizer), model.config.text_config.vocab_size
             if known != needed:
                 raise ValueError(f"its tokenizer has {known} tokens, its model {needed}")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = as_one_line(error)
-            raise SourceError(f"{pin.source} could not be loaded as a CLIPSeg: {reason}") from error
+            raise SourceError(
+                f"{checkpoint.source} could not be loaded as a CLIPSeg: {reason}"
+            ) from error
         except Exception as error:  # safetensors' own class has no other base
             if type(error).__name__ != "SafetensorError":
                 raise
             raise SourceError(
-                f"model.safetensors of {pin.source} is damaged ({error}); remove it, so that it is "
-                f"downloaded anew: {folder / 'model.safetensors'}"
+                f"model.safetensors of {checkpoint.source} is damaged ({error}); remove it, so "
+                f"that it is downloaded anew: {folder / 'model.safetensors'}"
             ) from error
         return cls(model, processor, device, resolve_precision("auto", device))
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Width and height in pixels of what the model sees, and of its square maps."""
         return int(self.processor.image_processor.size["height"])
 
     @property
-    def patch(self) -> int:
+    def patch_size(self) -> int:
         """Width and height in pixels of a patch of the vision tower, the grain of the maps."""
         return int(self.model.config.vision_config.patch_size)
 
-    def heat_maps(
+    def predict_heat(
         self,
         image: NDArray[np.uint8],
         sentences: Sequence[str],
         templates: Sequence[str] = ("{}",),
     ) -> NDArray[np.float32]:
-        """Probability that a pixel belongs to what each sentence names.
+        """Predict how probable it is that each pixel belongs to what each sentence names.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            sentences: S of them; each is filled into every template, and the embeddings averaged.
-            templates: each with one `{}`.
+            sentences: S sentences of a few words each.
+            templates: texts with one `{}`. Each sentence is filled into each of them, and the
+                embeddings are averaged.
 
         Returns:
             (S, h, w) float32 in [0, 1], in the order of `sentences`: the whole image in its own
@@ -101,10 +104,10 @@ class ClipSeg:
         """
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
-        conditions = self._conditions(sentences, templates)
-        layers = self._layers(image)
+        embeddings = self._embed(sentences, templates)
+        layers = self._encode(image)
         maps = run_in_parts(
-            lambda part: self._decoded(layers, conditions[part], image.shape[:2]),
+            lambda part: self._decode(layers, embeddings[part], image.shape[:2]),
             len(sentences),
             size=_SENTENCES_AT_ONCE,
             what="sentences",
@@ -112,8 +115,8 @@ class ClipSeg:
         return np.concatenate(maps)
 
     @torch.inference_mode()
-    def _layers(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
-        """Outputs (1, 1 + T, width) of the layers of the vision tower that the decoder reads."""
+    def _encode(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """Outputs (1, 1 + T, embed_dim) of the vision layers that the decoder reads."""
         inputs = self.processor(
             images=image, input_data_format="channels_last", return_tensors="pt"
         )
@@ -126,7 +129,7 @@ class ClipSeg:
         return tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
 
     @torch.inference_mode()
-    def _conditions(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
+    def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embeddings (S, projection) of the sentences, averaged over the templates."""
         texts = [template.format(sentence) for sentence in sentences for template in templates]
         tokenizer = self.processor.tokenizer
@@ -147,43 +150,49 @@ class ClipSeg:
         return embeddings.view(len(sentences), len(templates), -1).mean(dim=1)
 
     @torch.inference_mode()
-    def _decoded(
-        self, layers: tuple[Tensor, ...], conditions: Tensor, size: tuple[int, int]
+    def _decode(
+        self, layers: tuple[Tensor, ...], embeddings: Tensor, size: tuple[int, int]
     ) -> NDArray[np.float32]:
-        """Maps (S, h, w) in the proportions of `size`, from one image and S conditions."""
-        count = len(conditions)
+        """Maps (S, h, w) in the proportions of `size` (H, W), for S embedded sentences."""
+        count = len(embeddings)
         with self.precision.autocast(self.device):
             expanded = tuple(layer.expand(count, -1, -1) for layer in layers)
-            logits = self.model.decoder(expanded, conditions).logits
-        heat = logits.float().sigmoid()  # (S, side, side)
-        shape = working_size(size, heat.shape[-1])
+            logits = self.model.decoder(expanded, embeddings).logits
+        heat = logits.float().sigmoid()  # (S, image_size, image_size)
+        shape = fit_size(size, heat.shape[-1])
         heat = F.interpolate(heat[:, None], size=shape, mode="bilinear", antialias=True)[:, 0]
         maps: NDArray[np.float32] = heat.clamp(0, 1).cpu().numpy()
         return maps
 
 
-def working_size(size: tuple[int, int], longer: int) -> tuple[int, int]:
-    """(h, w) in the proportions of `size` (H, W), its longer side `longer` pixels; none below 1."""
+def fit_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Scale a size (H, W) so that its longer side has `longest` pixels and no side less than 1.
+
+    Example:
+        >>> fit_size((720, 1280), 352)
+        (198, 352)
+    """
     height, width = size
-    scale = longer / max(height, width)
+    scale = longest / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _quietly_loaded(kind: Any, folder: Path) -> Any:
-    """`kind.from_pretrained(folder)` in fp32, without transformers' own progress bars and reports.
+def _load_quietly(model_class: Any, folder: Path) -> Any:
+    """Load a model in fp32 without transformers' own progress bars and reports.
 
-    Where a weight is missing, transformers puts a random one and goes on; here, ValueError.
+    Where a weight is missing, transformers puts a random one and goes on. Here that is a
+    ValueError.
     """
     from transformers.utils import logging
 
     transformers_logging: Any = logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    shows_bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model, about = kind.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
@@ -192,10 +201,10 @@ def _quietly_loaded(kind: Any, folder: Path) -> Any:
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if shown:
+        if shows_bars:
             transformers_logging.enable_progress_bar()
-    wrong = sorted([*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])])
-    if wrong:
+    mismatched = [name for name, *_ in loading_info["mismatched_keys"]]
+    if wrong := sorted([*loading_info["missing_keys"], *mismatched]):
         raise ValueError(
             f"{len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
         )

@@ -1,4 +1,4 @@
-"""The picture that the notebook begins with, in each profile, and what to ask of it."""
+"""The image that q2 begins with, in each profile, and what to ask of it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _SCENE = 1  # of the evaluation seed
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Example:
-    """A picture to begin with.
+    """An image to begin with.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        prompts: sentences that are true of it.
+        sentences: sentences that are true of it.
         absent: a sentence that is not.
         truth: masks (H, W) of what sentences name, where they are known.
     """
 
     image: NDArray[np.uint8]
-    prompts: tuple[str, ...]
+    sentences: tuple[str, ...]
     absent: str
     truth: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
-def example(profile: str) -> Example:
-    """The example of a profile: for "full" the photograph of the lab's own failed attempt.
+def load_example(profile: str) -> Example:
+    """Load the example of a profile: for "full" the photograph of the lab's own failed attempt.
 
     It shows two men in suits, one with a tie, and was asked for a "football player": there is none
     to see, and the highest probability, 0.013, was nearly right. For "demo" it is a scene.
@@ -48,19 +48,19 @@ def example(profile: str) -> Example:
     if profile == "full":
         path = download(ZIDANE, get_cache_dir() / "zidane.jpg", digest=ZIDANE_DIGEST)
         image = load_image(path)
-        return Example(image=image, prompts=("man", "tie"), absent="football player")
+        return Example(image=image, sentences=("man", "tie"), absent="football player")
     if profile != "demo":
         raise InputError(f"profile must be 'full' or 'demo', got {profile!r}")
     scene = make_object_scene(_SCENE, seed=EVALUATION_SEED)
     return Example(
         image=scene.image,
-        prompts=_told_apart(scene.present),
+        sentences=_pick_sentences(scene.present),
         absent="football player",
-        truth={sentence: scene.named(sentence).any(axis=0) for sentence in scene.present},
+        truth={sentence: scene.masks_of(sentence).any(axis=0) for sentence in scene.present},
     )
 
 
-def _told_apart(sentences: tuple[str, ...]) -> tuple[str, ...]:
+def _pick_sentences(sentences: tuple[str, ...]) -> tuple[str, ...]:
     """Up to three sentences of two words, no two about the same shape."""
     by_shape = {s.split()[-1]: s for s in sentences if len(s.split()) == 2}
     return tuple(sorted(by_shape.values()))[:3]

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: every stage from sentence to mask, and the masks over the image."""
+"""Figures of a segmentation: every stage from sentence to mask, and the masks over the image."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.runtime import InputError
-from labkit.segment.results import Answer, Findings, FoundObject
 from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, create_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Objects = tuple[FoundObject, ...]
+    from labkit.segment.results import Segmentation, SentenceResult
 
-_WIDEST = 900  # pixels of the longer side, as drawn
-_CELL = 3.0  # inches
+_LONGEST = 900  # pixels of the longer side, as drawn
+_CELL = 3.0  # inches wide
 # Okabe and Ito's colours, apart for readers of any colour vision.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
-def overlay_figure(findings: Findings) -> Figure:
-    """The image under every mask, each in its colour and named; with what was not found below."""
-    image = _drawable(findings.image)
+def draw_overlay(segmentation: Segmentation) -> Figure:
+    """Draw the image under every mask, each in its colour and named, and say what is absent."""
+    image = _shrink(segmentation.image)
     height, width = image.shape[:2]
-    wide = 6.5 * min(max(width / height, 0.4), 1.0)
-    tall = min(wide * height / width, 8.0)
-    lines = textwrap.wrap(_summary(findings), max(20, int(wide / CHARACTER)))
-    figure = create_figure(wide, tall + 0.25 + 0.17 * len(lines), findings.note)
+    figure_width = 6.5 * min(max(width / height, 0.4), 1.0)
+    image_height = min(figure_width * height / width, 8.0)
+    lines = textwrap.wrap(_summarize(segmentation), max(20, int(figure_width / CHARACTER)))
+    figure_height = image_height + 0.25 + 0.17 * len(lines)
+    figure = create_figure(figure_width, figure_height, segmentation.note)
     axes = figure.subplots()
     _show(axes, image)
-    for index, thing in enumerate(findings.objects):
+    scale = width / segmentation.image.shape[1]
+    for index, segmented in enumerate(segmentation):
         colour = _COLOURS[index % len(_COLOURS)]
-        _paint(axes, thing.mask, colour)
-        scale = width / findings.image.shape[1]
-        left, top = thing.box[0] * scale, thing.box[1] * scale
+        _paint(axes, segmented.mask, colour)
+        left, top = segmented.box[0] * scale, segmented.box[1] * scale
         style = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
-        place: dict[str, Any] = {"va": "bottom", "clip_on": True, "parse_math": False}
-        axes.text(left, top, thing.prompt, bbox=style, **place, **SMALL)
+        position: dict[str, Any] = {"va": "bottom", "clip_on": True, "parse_math": False}
+        axes.text(left, top, segmented.sentence, bbox=style, **position, **SMALL)
     axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK, parse_math=False)
     return figure
 
 
-def stages_figure(findings: Findings, *stages: str) -> Figure:
-    """A row for each sentence: its heat map, the prompts made of it, the masks drawn from them.
+def draw_stages(segmentation: Segmentation, *stages: str) -> Figure:
+    """Draw a row for each sentence: its heat map, the prompts made of it, the masks.
 
     Raises:
         InputError: one of `stages`, by default all, is not heat, prompts or masks.
@@ -56,26 +56,27 @@ def stages_figure(findings: Findings, *stages: str) -> Figure:
     shown = stages or tuple(draw)
     if unknown := set(shown) - set(draw):
         raise InputError(f"stages must be among {', '.join(draw)}, got {sorted(unknown)}")
-    image = _drawable(findings.image)
+    image = _shrink(segmentation.image)
     height, width = image.shape[:2]
-    tall = _CELL * min(height / width, 1.6)
-    rows = len(findings.answers)
-    figure = create_figure(len(shown) * (_CELL + 0.3), rows * (tall + 0.75), findings.note)
+    cell_height = _CELL * min(height / width, 1.6)
+    rows = len(segmentation.sentences)
+    figure = create_figure(
+        len(shown) * (_CELL + 0.3), rows * (cell_height + 0.75), segmentation.note
+    )
     grid = figure.subplots(rows, len(shown), squeeze=False)
-    for row, answer in zip(grid, findings.answers, strict=True):
-        found = findings.objects_of(answer.prompt)
+    for row, result in zip(grid, segmentation.sentences, strict=True):
         for axes, stage in zip(row, shown, strict=True):
-            draw[stage](axes, image, answer, found)
+            draw[stage](axes, image, result)
     return figure
 
 
-def _draw_heat(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
-    """The map on an absolute scale up to its peak, which is written beside the bar."""
+def _draw_heat(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> None:
+    """Draw the map on an absolute scale up to its peak, which is written beside the bar."""
     height, width = image.shape[:2]
     _show(axes, image.mean(axis=2, keepdims=True).repeat(3, axis=2).astype(np.uint8))
-    peak = float(answer.heat.max())
-    picture = axes.imshow(
-        answer.heat,
+    peak = float(result.heat.max())
+    heat = axes.imshow(
+        result.heat,
         cmap=HEAT,
         alpha=0.75,
         vmin=0,
@@ -83,53 +84,54 @@ def _draw_heat(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Obje
         extent=(0, width, height, 0),
         interpolation="bilinear",
     )
-    bar = axes.figure.colorbar(picture, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
+    bar = axes.figure.colorbar(heat, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
     bar.ax.set_yticklabels(["0", f"{peak:.3f}"], fontsize=7, color=SOFT)
     bar.ax.spines["outline"].set_visible(False)
-    _title(axes, f"“{answer.prompt}”: heat map")
+    _set_title(axes, f"“{result.sentence}”: heat map")
 
 
-def _draw_prompts(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
+def _draw_prompts(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> None:
     from matplotlib.patches import Rectangle
 
     height, width = image.shape[:2]
     _show(axes, image)
-    rows, columns = answer.heat.shape
-    for index, prompt in enumerate(answer.prompts):
+    rows, columns = result.heat.shape
+    for index, prompt in enumerate(result.prompts):
         colour = _COLOURS[index % len(_COLOURS)]
-        placed = prompt.scaled(width / columns, height / rows)
-        left, top, right, bottom = placed.box
+        scaled = prompt.scale(width / columns, height / rows)
+        left, top, right, bottom = scaled.box
         edge: dict[str, Any] = {"edgecolor": colour, "facecolor": "none", "linewidth": 1.5}
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, **edge))
         _paint(axes, prompt.region, colour, strength=0.3)
         for label, marker, face in ((1, "*", "white"), (0, "X", RED)):
-            x, y = placed.points[placed.labels == label].T + 0.5
+            x, y = scaled.points[scaled.labels == label].T + 0.5
             axes.scatter(x, y, s=55, marker=marker, c=face, edgecolors=INK, linewidths=0.7)
-    told = f"{len(answer.prompts)} objects prompted" if answer.prompts else "no prompt: not there"
-    _title(axes, told.replace("1 objects", "1 object"))
+    count = len(result.prompts)
+    prompted = f"{count} object{'s' if count > 1 else ''} prompted"
+    _set_title(axes, prompted if count else "no prompt: not there")
 
 
-def _draw_masks(axes: Axes, image: NDArray[np.uint8], answer: Answer, found: Objects) -> None:
+def _draw_masks(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> None:
     _show(axes, image)
-    for index, thing in enumerate(found):
-        _paint(axes, thing.mask, _COLOURS[index % len(_COLOURS)])
-    verdict = f"{len(found)} found" if found else f"absent: {answer.reason}"
-    _title(axes, f"{verdict} (presence {answer.presence:.2f})")
+    for index, segmented in enumerate(result.objects):
+        _paint(axes, segmented.mask, _COLOURS[index % len(_COLOURS)])
+    verdict = f"{len(result.objects)} found" if result.objects else f"absent: {result.reason}"
+    _set_title(axes, f"{verdict} (presence {result.presence:.2f})")
 
 
-def _summary(findings: Findings) -> str:
-    absent = [f"“{a.prompt}” ({a.reason})" for a in findings.answers if not a.present]
-    found = f"{len(findings.objects)} found" if findings.objects else "Nothing found"
+def _summarize(segmentation: Segmentation) -> str:
+    absent = [f"“{r.sentence}” ({r.reason})" for r in segmentation.sentences if not r.present]
+    found = f"{len(segmentation)} found" if len(segmentation) else "Nothing found"
     return found + (f"; absent: {', '.join(absent)}" if absent else "")
 
 
-def _drawable(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _shrink(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`image` no larger than it can be seen."""
     from PIL import Image
 
-    picture = Image.fromarray(image)
-    picture.thumbnail((_WIDEST, _WIDEST))
-    return np.asarray(picture)
+    small = Image.fromarray(image)
+    small.thumbnail((_LONGEST, _LONGEST))
+    return np.asarray(small)
 
 
 def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
@@ -140,22 +142,26 @@ def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
 
 
 def _paint(axes: Axes, mask: NDArray[np.bool_], colour: str, strength: float = 0.5) -> None:
-    """`mask`, of whatever size, over the whole of `axes`: tinted, with an outline."""
+    """Tint `mask`, of any size, over the whole of `axes`, with an outline."""
+    import cv2
     from matplotlib.colors import to_rgb
-    from PIL import Image
-    from scipy import ndimage
 
     width, height = (round(abs(b - a)) for a, b in (axes.get_xlim(), axes.get_ylim()))
-    picture = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    inside = np.asarray(picture)
-    layer = np.zeros((*inside.shape, 4))
+    small = cv2.resize(
+        mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT
+    )
+    thickness = max(1, round(max(small.shape) / 300))
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    core = cv2.erode(
+        small, cross, iterations=thickness, borderType=cv2.BORDER_CONSTANT, borderValue=0
+    )
+    layer = np.zeros((*small.shape, 4))
     layer[..., :3] = to_rgb(colour)
-    layer[inside, 3] = strength
-    thick = max(1, round(max(inside.shape) / 300))
-    layer[inside & ~ndimage.binary_erosion(inside, iterations=thick), 3] = 1.0
+    layer[small > 0, 3] = strength
+    layer[small > core, 3] = 1.0
     axes.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
 
 
-def _title(axes: Axes, text: str) -> None:
+def _set_title(axes: Axes, text: str) -> None:
     lines = textwrap.wrap(text, int(_CELL / CHARACTER))
     axes.set_title("\n".join(lines), loc="left", fontsize=8, color=INK, parse_math=False)

@@ -1,177 +1,359 @@
-"""From the heat of each sentence to masks, in rounds: ask SAM-2, see what is left, ask again."""
+"""From the heat of a sentence to masks, in rounds: prompt SAM-2, then prompt for the heat left.
+
+Where like objects touch, their heat is one region, and two things take them apart. A point in one
+of them means that one, so `split_instances` tries each foreground point by itself. And what a mask
+leaves uncovered is prompted for in the next round, by `uncovered_heat`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.segment.division import divided
-from labkit.segment.instances import relative
-from labkit.segment.presence import Evidence
-from labkit.segment.prompts import Prompt, competing_ground, make_prompts
-from labkit.segment.residue import unexplained
-from labkit.segment.sam2 import (
-    Candidate,
-    ImageFeatures,
-    Sam2,
-    choose,
-    cleaned,
-    distinct,
-    enlarged,
+from labkit.runtime import InputError
+from labkit.segment.instances import (
+    Heat,
+    Mask,
+    check_shares,
+    label_components,
+    scale_to_peak,
 )
-
-Maps = NDArray[np.float32]
+from labkit.segment.masks import (
+    OVERLAP_THRESHOLD,
+    Candidate,
+    is_duplicate,
+    mask_nms,
+    measure_stability,
+    remove_small_regions,
+    select_mask,
+    upsample_mask,
+)
+from labkit.segment.prompts import (
+    Prompt,
+    find_competing_heat,
+    make_box,
+    make_mask_logits,
+    make_prompts,
+)
+from labkit.segment.sam2 import ImageFeatures, Sam2
 
 _ROUNDS = 3
 _BLUR = 0.56  # of a patch: the spread that takes the grain of the vision tower out of a map
+_FAINT = 0.25  # of the peak: unwanted heat may take the peak, and leave no more than its foot
 _SUPPORT = 0.65  # share of the hottest mask's mean heat that the mean heat of another must reach
-_FAINT = 0.25  # of the peak: what is not meant may take the peak, and leave no more than its foot
-_LEAST_AGREEMENT = 0.35  # of a mask with what was left for it, from the second round on
+_MIN_AGREEMENT = 0.35  # of a mask with the uncovered heat, from the second round on
+
+_TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point counts
+_POINTS_AT_ONCE = 32  # of which only the best masks are kept, small
+_INSIDE = 0.5  # share of a point's mask that must lie in the region of its prompt
+
+_HOT = 0.5  # share of the peak that uncovered ground must reach
+_SLOPE = 0.25  # share of the peak down to which its slopes are kept
+_FRINGE = 0.02  # of the longer side: around a mask, so much heat is its own
+_MIN_AREA = 0.1  # of the largest mask's area: less is a fringe, not an object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Thresholds that a user may tune; see `labkit.TextSegmenter` for what they do.
+
+    Raises:
+        InputError: a threshold is out of its range.
+    """
+
+    presence: float | None = None
+    box: float = 0.5
+    mask: float = 0.0
+    overlap: float = OVERLAP_THRESHOLD
+
+    def __post_init__(self) -> None:
+        check_shares(box_threshold=self.box)
+        ranges = {"presence": (0, 1), "mask": (-10, 10), "overlap": (0, 1)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name}_threshold must lie in [{low}, {high}], got {value}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Inquiry:
+class Query:
     """A sentence on its way to masks.
 
     Attributes:
         sentence: what is looked for.
-        evidence: for and against its being there.
-        heat: its map (h, w), smoothed, less the ground of what is not meant.
-        pending: what SAM-2 is still to be asked, in pixels of `heat`.
-        asked: all that it was asked.
+        heat: its map (h, w), smoothed, without ground that an unwanted sentence explains better.
+        pending: prompts that SAM-2 has not been given yet, in pixels of `heat`.
+        prompts: prompts that SAM-2 was given.
         candidates: the masks so far, best first.
     """
 
     sentence: str
-    evidence: Evidence
-    heat: Maps
+    heat: Heat
     pending: tuple[Prompt, ...] = ()
-    asked: tuple[Prompt, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     candidates: tuple[Candidate, ...] = ()
 
 
-def opened(
+def init_queries(
     sentences: Sequence[str],
-    maps: Maps,
-    evidence: Sequence[Evidence],
-    here: Sequence[bool],
+    wanted: Heat,
+    unwanted: Heat,
+    is_present: Sequence[bool],
     *,
-    patch: int,
-    grid: int,
-    absolute: bool,
-) -> list[Inquiry]:
-    """An inquiry for each of W sentences, with its first prompts if the thing counts as there.
+    patch_size: int,
+    low_res_size: int,
+    absolute: bool = True,
+    box_threshold: float = 0.5,
+) -> list[Query]:
+    """Make a query for each of W sentences, with its first prompts if the sentence counts as true.
 
     Args:
         sentences: what is looked for.
-        maps: (S, h, w), the first W of `sentences`, the others of what is not meant.
-        evidence: one for each map.
-        here: whether what each map is of counts as there; only what is competes.
-        patch: grain of the maps in pixels.
-        grid: side of SAM-2's mask prompts.
-        absolute: whether what is not meant takes the ground where its probability is higher, or
+        wanted: maps (W, h, w) of these sentences.
+        unwanted: maps (U, h, w) of sentences that are not meant and count as true; U may be 0.
+        is_present: for each of W sentences, whether it counts as true. Only those get prompts, and
+            only those compete for ground.
+        patch_size: grain of the maps in pixels.
+        low_res_size: width and height of SAM-2's mask prompts.
+        absolute: whether an unwanted sentence takes the ground where its probability is higher, or
             where it is higher in relation to the peak of its map.
+        box_threshold: see `labkit.segment.prompts.make_prompts`.
     """
-    rest = np.arange(len(maps)) >= len(sentences)
-    present = np.asarray(here)
-    maps = _smoothed(maps, _BLUR * patch)
-    levels = maps if absolute else np.stack([relative(one) for one in maps])
-    unwanted = levels[rest & present].max(axis=0, initial=0.0)
-    found = []
+    wanted, unwanted = (_smooth(maps, _BLUR * patch_size) for maps in (wanted, unwanted))
+    wanted_shares, unwanted_shares = (
+        np.array([scale_to_peak(heat) for heat in maps], np.float32).reshape(maps.shape)
+        for maps in (wanted, unwanted)
+    )
+    levels = wanted if absolute else wanted_shares
+    unwanted_level = (unwanted if absolute else unwanted_shares).max(axis=0, initial=0.0)
+    present = np.asarray(is_present, dtype=bool)
+    queries = []
     for index, sentence in enumerate(sentences):
-        inquiry = Inquiry(sentence=sentence, evidence=evidence[index], heat=maps[index])
+        query = Query(sentence=sentence, heat=wanted[index])
         if present[index]:
-            heat = _less(maps[index], levels[index], unwanted)
-            rivals = maps[present & (np.arange(len(maps)) != index)]
-            competing = competing_ground(np.concatenate([heat[None], rivals]), 0)
-            prompts = tuple(make_prompts(heat, grid=grid, competing=competing))
-            inquiry = replace(inquiry, heat=heat, pending=prompts)
-        found.append(inquiry)
-    return found
+            heat = _remove_unwanted(wanted[index], levels[index], unwanted_level)
+            others = present & (np.arange(len(wanted)) != index)
+            rivals = np.concatenate([wanted_shares[others], unwanted_shares])
+            prompts = make_prompts(
+                heat,
+                low_res_size=low_res_size,
+                competing=find_competing_heat(scale_to_peak(heat), rivals),
+                box_threshold=box_threshold,
+            )
+            query = replace(query, heat=heat, pending=tuple(prompts))
+        queries.append(query)
+    return queries
 
 
-def pursued(sam2: Sam2, image: NDArray[np.uint8], inquiries: Sequence[Inquiry]) -> list[Inquiry]:
-    """Each inquiry with its masks; the image is encoded once, or not at all if nothing is pending.
+def generate_masks(
+    sam2: Sam2, features: ImageFeatures, query: Query, thresholds: Thresholds | None = None
+) -> Query:
+    """Prompt SAM-2 for the objects of a sentence, in at most three rounds.
 
-    Where like objects touch, one prompt may stand for several of them and yield the mask of one.
-    What that leaves unexplained of the heat is asked for again.
+    Args:
+        sam2: the model.
+        features: of the image, from `Sam2.encode`.
+        query: from `init_queries`.
+        thresholds: of boxes, masks and overlap.
+
+    Returns:
+        The query with its prompts and its masks.
     """
-    current, features = list(inquiries), None
+    thresholds = thresholds or Thresholds()
+    height, width = query.heat.shape
+    sx, sy = sam2.image_size / width, sam2.image_size / height
     for _ in range(_ROUNDS):
-        if not any(inquiry.pending for inquiry in current):
+        if not query.pending:
             break
-        features = features or sam2.encode(image)
-        current = [_divided(inquiry, sam2, features) for inquiry in current]
-        prompts = [prompt for inquiry in current for prompt in inquiry.pending]
-        chosen = iter(_chosen(sam2, features, prompts))
-        current = [
-            _continued(inquiry, list(islice(chosen, len(inquiry.pending))), sam2.grid)
-            for inquiry in current
-        ]
-    return [replace(one, candidates=_supported(one.candidates, one.heat)) for one in current]
+        prompts = split_instances(sam2, features, query.pending, query.heat, thresholds)
+        logits, ious = sam2.predict(features, [prompt.scale(sx, sy) for prompt in prompts])
+        candidates = list(map(select_mask, prompts, logits - thresholds.mask, ious))
+        query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
+    return replace(query, candidates=_keep_supported(query.candidates, query.heat))
 
 
-def _less(heat: Maps, level: Maps, unwanted: Maps) -> Maps:
-    """`heat` less ground where `unwanted` is above `level`, and less a foot without its peak."""
+def split_instances(
+    sam2: Sam2,
+    features: ImageFeatures,
+    prompts: Sequence[Prompt],
+    heat: Heat,
+    thresholds: Thresholds | None = None,
+) -> list[Prompt]:
+    """Replace each prompt that stands for several objects by one prompt for each of them.
+
+    Each foreground point of a prompt is given to SAM-2 by itself. If the masks that come back are
+    of different objects, each object gets a prompt of its own.
+
+    Args:
+        sam2: the model.
+        features: of the image.
+        prompts: in pixels of `heat`.
+        heat: the map (h, w) that the prompts were made of.
+        thresholds: of masks and overlap.
+    """
+    thresholds = thresholds or Thresholds()
+    points = [prompt.points[prompt.labels == 1] for prompt in prompts]
+    counts = [len(group) if len(group) > 1 else 0 for group in points]
+    tried = np.concatenate([group[:count] for group, count in zip(points, counts, strict=True)])
+    objects = _segment_points(sam2, features, tried, heat.shape, thresholds.mask)
+    split: list[Prompt] = []
+    start = 0
+    for prompt, count in zip(prompts, counts, strict=True):
+        distinct = _keep_distinct(objects[start : start + count], prompt.region, thresholds.overlap)
+        start += count
+        if len(distinct) > 1:
+            split += _make_object_prompts(distinct, prompt, scale_to_peak(heat), sam2.low_res_size)
+        else:
+            split.append(prompt)
+    return split
+
+
+def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
+    """The part of a heat map that calls for one more object.
+
+    Args:
+        heat: (h, w), not negative.
+        masks: (h, w) each, of the objects so far.
+
+    Returns:
+        (h, w): `heat` where it is hot, compact and clear of every mask, with its slopes; else 0.
+    """
+    import cv2
+
+    nothing = np.zeros_like(heat)
+    if not masks:
+        return nothing
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    reach = max(1, round(_FRINGE * max(heat.shape)))
+    covered = np.any(masks, axis=0).astype(np.uint8)
+    free = cv2.dilate(covered, cross, iterations=reach) == 0
+    shares = scale_to_peak(heat)
+    hot = (free & (shares >= _HOT)).astype(np.uint8)
+    core = cv2.erode(hot, cross, iterations=reach, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    compact = cv2.dilate(core, cross, iterations=reach) > 0
+    pieces, areas = label_components(free & (shares >= _SLOPE), connectivity=4)
+    hot_areas = np.bincount(pieces[compact], minlength=len(areas))
+    hot_areas[0] = 0
+    min_area = max(_MIN_AREA * max(int(mask.sum()) for mask in masks), 1)
+    return np.where(np.isin(pieces, np.flatnonzero(hot_areas >= min_area)), heat, nothing)
+
+
+@dataclass(frozen=True, eq=False)
+class _PointObject:
+    """What SAM-2 made of one point (2,): the mask (h, w), and how far that is trusted."""
+
+    point: NDArray[np.float64]
+    mask: Mask
+    trust: float
+
+
+def _segment_points(
+    sam2: Sam2,
+    features: ImageFeatures,
+    points: NDArray[np.float64],
+    size: tuple[int, ...],
+    mask_threshold: float,
+) -> list[_PointObject]:
+    """The most trusted of the four masks of each point (N, 2), both in pixels of the map (h, w)."""
+    height, width = size
+    scale = np.array([sam2.image_size / width, sam2.image_size / height])
+    objects = []
+    for start in range(0, len(points), _POINTS_AT_ONCE):
+        part = points[start : start + _POINTS_AT_ONCE]
+        logits, ious = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
+        for point, masks, estimates in zip(part, logits - mask_threshold, ious, strict=True):
+            trust = [
+                float(iou) * measure_stability(mask)
+                for iou, mask in zip(estimates, masks, strict=True)
+            ]
+            best = int(np.argmax(trust))
+            outline = upsample_mask(remove_small_regions(masks[best]), (height, width))
+            objects.append(_PointObject(point, outline, trust[best]))
+    return objects
+
+
+def _keep_distinct(
+    objects: Sequence[_PointObject], region: Mask, overlap_threshold: float
+) -> list[_PointObject]:
+    """The trusted objects inside `region` that are different from each other, best first."""
+    kept: list[_PointObject] = []
+    for candidate in sorted(objects, key=lambda candidate: -candidate.trust):
+        mask = candidate.mask
+        inside = int((mask & region).sum()) > _INSIDE * int(mask.sum())
+        new = not any(is_duplicate(mask, other.mask, overlap_threshold) for other in kept)
+        if inside and new and candidate.trust >= _TRUSTED:
+            kept.append(candidate)
+    return kept
+
+
+def _make_object_prompts(
+    objects: Sequence[_PointObject], prompt: Prompt, shares: Heat, low_res_size: int
+) -> list[Prompt]:
+    """A prompt for each object: its point against those of the others, its box, its heat."""
+    background = prompt.points[prompt.labels == 0]
+    prompts = []
+    for current in objects:
+        others = np.array([other.point for other in objects if other is not current])
+        points = np.concatenate([current.point[None], others, background])
+        prompts.append(
+            Prompt(
+                points=points,
+                labels=np.repeat([1, 0], [1, len(points) - 1]),
+                box=make_box(current.mask),
+                mask_logits=make_mask_logits(shares, current.mask, low_res_size),
+                region=current.mask,
+            )
+        )
+    return prompts
+
+
+def _update(
+    query: Query,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    low_res_size: int,
+    thresholds: Thresholds,
+) -> Query:
+    """`query` after a round that gave a candidate for each prompt, with what is left to prompt."""
+    if query.candidates:
+        candidates = [c for c in candidates if c.agreement >= _MIN_AGREEMENT]
+    kept = mask_nms([*query.candidates, *candidates], thresholds.overlap)
+    given = (*query.prompts, *prompts)
+    if kept == list(query.candidates):  # the same heat would be left, and prompted for again
+        return replace(query, prompts=given, pending=())
+    masks = [upsample_mask(candidate.logits, query.heat.shape) for candidate in kept]
+    rest = uncovered_heat(query.heat, masks)
+    pending = make_prompts(
+        rest,
+        low_res_size=low_res_size,
+        competing=scale_to_peak(np.where(rest > 0, np.float32(0), query.heat)),
+        box_threshold=thresholds.box,
+    )
+    return replace(query, prompts=given, pending=tuple(pending), candidates=tuple(kept))
+
+
+def _keep_supported(candidates: Sequence[Candidate], heat: Heat) -> tuple[Candidate, ...]:
+    """The masks that the map (h, w) really means: hot all over, about as hot as the others."""
+    masks = [upsample_mask(candidate.logits, heat.shape) for candidate in candidates]
+    means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
+    lowest = _SUPPORT * max(means, default=0.0)
+    return tuple(c for c, mean in zip(candidates, means, strict=True) if mean >= lowest)
+
+
+def _remove_unwanted(heat: Heat, level: Heat, unwanted: Heat) -> Heat:
+    """`heat` less ground where `unwanted` is above `level`, and less a foot that lost its peak."""
     taken = unwanted > level
     if taken.any():
         taken |= level < _FAINT * level.max()
     return np.where(taken, np.float32(0), heat)
 
 
-def _divided(inquiry: Inquiry, sam2: Sam2, features: ImageFeatures) -> Inquiry:
-    """`inquiry` with what is pending taken apart into single objects."""
-    if not inquiry.pending:
-        return inquiry
-    pending = tuple(divided(sam2, features, inquiry.pending, inquiry.heat))
-    return replace(inquiry, pending=pending, asked=(*inquiry.asked, *pending))
-
-
-def _smoothed(maps: Maps, blur: float) -> Maps:
+def _smooth(maps: Heat, sigma: float) -> Heat:
     """Maps (S, h, w) in which a patch of the vision tower no longer stands out by itself."""
     from scipy import ndimage
 
-    smooth: Maps = ndimage.gaussian_filter(maps, (0, blur, blur), mode="nearest")
+    smooth: Heat = ndimage.gaussian_filter(maps, (0, sigma, sigma), mode="nearest")
     return smooth
-
-
-def _supported(candidates: Sequence[Candidate], heat: Maps) -> tuple[Candidate, ...]:
-    """The masks that the map (h, w) really means: hot all over, as hot as the others."""
-    height, width = heat.shape
-    masks = [enlarged(one.logits, (height, width)) for one in candidates]
-    means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
-    least = _SUPPORT * max(means, default=0.0)
-    return tuple(one for one, mean in zip(candidates, means, strict=True) if mean >= least)
-
-
-def _chosen(sam2: Sam2, features: ImageFeatures, prompts: Sequence[Prompt]) -> list[Candidate]:
-    """The best mask for each of `prompts`, which are in pixels of a heat map."""
-    height, width = prompts[0].region.shape
-    scaled = [prompt.scaled(sam2.side / width, sam2.side / height) for prompt in prompts]
-    found = map(choose, prompts, *sam2.decode(features, scaled))
-    return [replace(candidate, logits=cleaned(candidate.logits)) for candidate in found]
-
-
-def _continued(inquiry: Inquiry, answers: Sequence[Candidate], grid: int) -> Inquiry:
-    """`inquiry` with these answers to what was pending, and with what they leave to ask."""
-    if not answers:
-        return inquiry
-    if inquiry.candidates:
-        answers = [one for one in answers if one.agreement >= _LEAST_AGREEMENT]
-    kept = distinct([*inquiry.candidates, *answers])
-    if kept == list(inquiry.candidates):  # the same would be left, and asked again
-        return replace(inquiry, pending=())
-    height, width = inquiry.heat.shape
-    masks = [enlarged(one.logits, (height, width)) for one in kept]
-    rest = unexplained(inquiry.heat, masks)
-    explained = relative(np.where(rest > 0, np.float32(0), inquiry.heat))
-    pending = tuple(make_prompts(rest, grid=grid, competing=explained))
-    return replace(
-        inquiry,
-        candidates=tuple(kept),
-        pending=pending,
-    )

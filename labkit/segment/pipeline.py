@@ -1,4 +1,4 @@
-"""From sentences and an image to masks: presence, prompts, refinement, choice."""
+"""From sentences and an image to masks: heat, presence, prompts, refinement."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 
 from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, pick_device
-from labkit.segment.checkpoints import PresencePin, Profile, check_installed, get_profile
+from labkit.segment.checkpoints import PresenceModel, Profile, check_installed, get_profile
 from labkit.segment.clipseg import ClipSeg
-from labkit.segment.generate import Inquiry, opened, pursued
-from labkit.segment.presence import Evidence, gather, reason, score
-from labkit.segment.prompts import box_of
-from labkit.segment.results import Answer, FoundObject
-from labkit.segment.rle import encode_mask
-from labkit.segment.sam2 import Candidate, Sam2, enlarged
-from labkit.segment.segmentation import Segmentation
+from labkit.segment.generate import Thresholds, generate_masks, init_queries
+from labkit.segment.masks import Candidate, encode_mask, upsample_mask
+from labkit.segment.presence import (
+    decide_after_refinement,
+    decide_before_refinement,
+    measure_evidence,
+)
+from labkit.segment.prompts import make_box
+from labkit.segment.results import Segmentation, SegmentedObject, SentenceResult
+from labkit.segment.sam2 import Sam2
 
 Maps = NDArray[np.float32]
 
@@ -26,14 +29,23 @@ _TOO_SMALL = "its mask is smaller than a pixel of the image"
 
 
 class TextSegmenter:
-    """Segments in images what sentences name, or says that it is not there."""
+    """Segments in images what sentences name, or says that it is not there.
+
+    Example:
+        >>> from labkit import TextSegmenter, make_object_scene
+        >>> segmenter = TextSegmenter.from_profile("demo")
+        >>> scene = make_object_scene(1, seed=3)
+        >>> found = segmenter(scene.image, ["star", "football player"])
+        >>> found["football player"].present
+        False
+    """
 
     def __init__(
         self,
         clipseg: ClipSeg,
         sam2: Sam2,
         *,
-        presence: PresencePin,
+        presence: PresenceModel,
         templates: Sequence[str] = ("{}",),
         note: str = "",
         models: Mapping[str, str] | None = None,
@@ -46,7 +58,7 @@ class TextSegmenter:
     def from_profile(
         cls, profile: str | Profile = "full", *, sam2: str | None = None, device: str = "auto"
     ) -> TextSegmenter:
-        """A segmenter with the weights of a profile.
+        """Load a segmenter with the weights of a profile.
 
         Args:
             profile: "full", the published weights, downloaded once; or "demo", the tiny ones that
@@ -59,117 +71,164 @@ class TextSegmenter:
             SourceError: weights could not be had, or a library is missing.
         """
         check_installed()
-        chosen = get_profile(profile) if isinstance(profile, str) else profile
-        pin, where = chosen.sam2_pin(sam2), pick_device(device)
+        weights = get_profile(profile) if isinstance(profile, str) else profile
+        checkpoint, torch_device = weights.get_sam2(sam2), pick_device(device)
         return cls(
-            ClipSeg.from_pin(chosen.clipseg, where),
-            Sam2.from_pin(pin, where),
-            presence=chosen.presence,
-            templates=chosen.templates,
-            note=chosen.note,
-            models={"CLIPSeg": chosen.clipseg.name, "SAM-2": pin.name},
+            ClipSeg.from_checkpoint(weights.clipseg, torch_device),
+            Sam2.from_checkpoint(checkpoint, torch_device),
+            presence=weights.presence,
+            templates=weights.templates,
+            note=weights.note,
+            models={"CLIPSeg": weights.clipseg.name, "SAM-2": checkpoint.name},
         )
 
     def __call__(
         self,
         image: ImageSource,
-        prompts: Sequence[str],
+        sentences: Sequence[str],
         negatives: Sequence[str] = (),
         *,
         assume_present: bool = False,
+        presence_threshold: float | None = None,
+        box_threshold: float = 0.5,
+        mask_threshold: float = 0.0,
+        overlap_threshold: float = 0.7,
     ) -> Segmentation:
-        """Masks of what each of `prompts` names in `image`, and none where it names nothing.
+        """Segment what each sentence names in an image; a sentence that is not true gets no mask.
 
         Args:
-            image: path, address, bytes, PIL image or array; see `labkit.images.load_image`.
-            prompts: one sentence or more, in a few words each.
-            negatives: sentences for what is not meant; ground that fits one of them better than a
-                prompt does not count for that prompt.
+            image: path, address, bytes, PIL image or array; see `labkit.load_image`.
+            sentences: one or more, in a few words each.
+            negatives: sentences for what is not meant. Ground that fits one of them better than a
+                sentence does not count for that sentence.
             assume_present: skip the question whether a thing is there; the presence score is
                 reported all the same.
+            presence_threshold: presence from which a sentence counts as true, in [0, 1]; higher
+                finds less. None takes that of the profile.
+            box_threshold: share of its own peak at which an object is outlined in the heat map,
+                between 0 and 1; lower gives larger boxes.
+            mask_threshold: logit above which a pixel belongs to a mask, in [-10, 10]; higher gives
+                smaller masks.
+            overlap_threshold: IoU from which two masks are masks of one object, in [0, 1]; lower
+                keeps fewer.
 
         Raises:
-            InputError: a sentence is empty, too long, or both wanted and not; or no such image.
+            InputError: a sentence is empty, too long, or both wanted and not; a threshold is out of
+                its range; or there is no such image.
             SourceError: the image could not be read or fetched.
         """
-        wanted, unwanted = checked_sentences(prompts, negatives)
+        thresholds = Thresholds(
+            presence=presence_threshold,
+            box=box_threshold,
+            mask=mask_threshold,
+            overlap=overlap_threshold,
+        )
+        sentences, negatives = check_sentences(sentences, negatives)
         pixels = load_image(image)
-        maps = self.clipseg.heat_maps(pixels, [*wanted, *unwanted], self.templates)
-        return self.refine(pixels, wanted, maps, assume_present=assume_present)
+        maps = self.clipseg.predict_heat(pixels, [*sentences, *negatives], self.templates)
+        return self.segment_maps(
+            pixels,
+            sentences,
+            wanted=maps[: len(sentences)],
+            unwanted=maps[len(sentences) :],
+            assume_present=assume_present,
+            thresholds=thresholds,
+        )
 
-    def refine(
-        self, image: NDArray[np.uint8], wanted: Sequence[str], maps: Maps, *, assume_present: bool
+    def segment_maps(
+        self,
+        image: NDArray[np.uint8],
+        sentences: Sequence[str],
+        *,
+        wanted: Maps,
+        unwanted: Maps | None = None,
+        assume_present: bool = False,
+        thresholds: Thresholds | None = None,
     ) -> Segmentation:
-        """The same, from heat maps (S, h, w) that are there already.
+        """Segment an image from heat maps that are there already.
 
-        The first of them belong to the sentences `wanted`, the others to what is not meant.
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            sentences: S sentences.
+            wanted: maps (S, h, w) in [0, 1] of these sentences.
+            unwanted: maps (U, h, w) of what is not meant; None for none.
+            assume_present: see `__call__`.
+            thresholds: see `__call__`.
         """
-        evidence = gather(maps)
-        here = [assume_present or self._present(one) for one in evidence]
-        inquiries = opened(
+        thresholds = thresholds or Thresholds()
+        threshold = self.presence.threshold if thresholds.presence is None else thresholds.presence
+        unwanted = wanted[:0] if unwanted is None else unwanted
+        evidence = measure_evidence(wanted, unwanted)
+        is_present, is_rival = (
+            [
+                assume_present
+                or decide_before_refinement(each, self.presence, threshold=threshold).present
+                for each in stack
+            ]
+            for stack in (evidence, measure_evidence(unwanted, wanted))
+        )
+        queries = init_queries(
+            sentences,
             wanted,
-            maps,
-            evidence,
-            here,
-            patch=self.clipseg.patch,
-            grid=self.sam2.grid,
+            unwanted[is_rival],
+            is_present,
+            patch_size=self.clipseg.patch_size,
+            low_res_size=self.sam2.low_res_size,
             absolute=not assume_present,
+            box_threshold=thresholds.box,
         )
-        answers, objects = [], []
-        for inquiry, heat in zip(pursued(self.sam2, image, inquiries), maps, strict=False):
-            answer = self._answer(inquiry, heat, assume_present=assume_present)
-            if answer.present:
-                found = [_object(one, answer, image.shape) for one in inquiry.candidates]
-                found = [thing for thing in found if thing.box[2] > thing.box[0]]
-                if not found:
-                    answer = replace(answer, present=False, reason=_TOO_SMALL)
-                objects += found
-            answers.append(answer)
+        features = None
+        results = []
+        for query, heat, query_evidence in zip(queries, wanted, evidence, strict=True):
+            if query.pending:
+                features = features or self.sam2.encode(image)
+                query = generate_masks(self.sam2, features, query, thresholds)
+            presence = decide_after_refinement(
+                query_evidence,
+                [c.agreement for c in query.candidates] if query.prompts else None,
+                self.presence,
+                threshold=threshold,
+                assume_present=assume_present,
+            )
+            result = SentenceResult(
+                sentence=query.sentence,
+                present=presence.present,
+                presence=presence.score,
+                reason=presence.reason,
+                evidence=presence.evidence,
+                heat=heat,
+                prompts=query.prompts,
+                objects=(),
+                size=(image.shape[0], image.shape[1]),
+            )
+            if result.present:
+                result = _add_objects(result, query.candidates)
+            results.append(result)
         return Segmentation(
-            image=image,
-            answers=tuple(answers),
-            objects=tuple(objects),
-            note=self.note,
-            models=self.models,
-        )
-
-    def _present(self, evidence: Evidence) -> bool:
-        return score(evidence, self.presence) >= self.presence.cut
-
-    def _answer(self, inquiry: Inquiry, heat: Maps, *, assume_present: bool) -> Answer:
-        """Whether the thing is there, now that the masks, if any, can be held against the map."""
-        agreement = max((one.agreement for one in inquiry.candidates), default=0.0)
-        evidence = inquiry.evidence
-        if inquiry.asked:
-            evidence = replace(evidence, agreement=agreement)
-        there = bool(inquiry.candidates) and (assume_present or self._present(evidence))
-        return Answer(
-            prompt=inquiry.sentence,
-            present=there,
-            presence=score(evidence, self.presence),
-            reason="" if there else reason(evidence, self.presence),
-            evidence=evidence,
-            heat=heat,
-            prompts=inquiry.asked,
+            image=image, sentences=tuple(results), note=self.note, models=self.models
         )
 
 
-def checked_sentences(
-    prompts: Sequence[str], negatives: Sequence[str]
+def check_sentences(
+    sentences: Sequence[str], negatives: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Both lists without surplus white space and without repetitions.
+    """Strip both lists of surplus white space and of repetitions.
 
     Raises:
         InputError: there is nothing to look for, a sentence is empty, or it is in both lists.
+
+    Example:
+        >>> check_sentences(["red  ball", "red ball "], ["cat"])
+        (['red ball'], ['cat'])
     """
-    if isinstance(prompts, str) or isinstance(negatives, str):
-        raise InputError("prompts and negatives must be lists of sentences, got a single text")
+    if isinstance(sentences, str) or isinstance(negatives, str):
+        raise InputError("sentences and negatives must be lists of sentences, got a single text")
     wanted, unwanted = (
-        list(dict.fromkeys(" ".join(sentence.split()) for sentence in sentences))
-        for sentences in (prompts, negatives)
+        list(dict.fromkeys(" ".join(sentence.split()) for sentence in texts))
+        for texts in (sentences, negatives)
     )
     if not wanted:
-        raise InputError("prompts must name at least one thing to look for, got none")
+        raise InputError("sentences must name at least one thing to look for, got none")
     if "" in wanted or "" in unwanted:
         raise InputError("a sentence is empty; name a thing, such as 'red circle'")
     both = [sentence for sentence in wanted if sentence in unwanted]
@@ -178,17 +237,26 @@ def checked_sentences(
     return wanted, unwanted
 
 
-def _object(candidate: Candidate, answer: Answer, shape: Sequence[int]) -> FoundObject:
-    mask = enlarged(candidate.logits, (shape[0], shape[1]))
-    coarse = enlarged(candidate.logits, (answer.heat.shape[0], answer.heat.shape[1]))
-    box = box_of(mask) if mask.any() else np.zeros(4)
-    left, top, right, bottom = (int(edge) for edge in box)
-    return FoundObject(
-        prompt=answer.prompt,
-        rle=encode_mask(mask),
-        box=(left, top, right, bottom),
-        presence=answer.presence,
-        grounding=float(answer.heat[coarse].mean()) if coarse.any() else 0.0,
-        predicted_iou=candidate.predicted_iou,
-        agreement=candidate.agreement,
-    )
+def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> SentenceResult:
+    """`result` with an object for each mask of at least a pixel; without one it is absent."""
+    objects = []
+    for candidate in candidates:
+        mask = upsample_mask(candidate.logits, result.size)
+        if not mask.any():
+            continue
+        in_heat = upsample_mask(candidate.logits, result.heat.shape)
+        left, top, right, bottom = (int(edge) for edge in make_box(mask))
+        objects.append(
+            SegmentedObject(
+                sentence=result.sentence,
+                rle=encode_mask(mask),
+                box=(left, top, right, bottom),
+                presence=result.presence,
+                grounding=float(result.heat[in_heat].mean()) if in_heat.any() else 0.0,
+                predicted_iou=candidate.predicted_iou,
+                agreement=candidate.agreement,
+            )
+        )
+    if not objects:
+        return replace(result, present=False, reason=_TOO_SMALL)
+    return replace(result, objects=tuple(objects))

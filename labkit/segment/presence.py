@@ -1,101 +1,179 @@
-"""Is it there at all? Asked of absolute evidence, before any threshold relative to a map's peak.
+"""Is it there at all? Decided on absolute evidence, before any threshold relative to a map's peak.
 
 A heat map has a brightest spot whether or not the thing is in the image; stretching it to [0, 1]
 first would find anything anywhere. What counts is how probable the spot is, whether it stands out
 from the ground, whether another sentence explains it better, and whether the mask that SAM-2 draws
 there has the shape of the heat.
+
+The decision has two stages. `decide_before_refinement` looks at the heat alone and spares SAM-2 the
+sentences that are clearly not true. `decide_after_refinement` also holds the masks against it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.segment.checkpoints import PresencePin
+from labkit.segment.checkpoints import PresenceModel
 
-_TOP_SHARE = 0.002  # of all pixels: their mean stands for the peak, so that no single one decides
-_LEAST = 1e-4
+Maps = NDArray[np.float32]
+
+_PEAK_SHARE = 0.002  # of all pixels: their mean is the peak, so that no single one decides
+_SMALLEST = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What speaks for and against a sentence; all in [0, 1].
+    """What speaks for and against a sentence.
 
     Attributes:
-        strength: mean probability of the hottest 0.2 % of the pixels.
-        contrast: strength less the median of the map.
-        rivalry: by how much the best other sentence exceeds this one where this one is hot.
-        agreement: soft IoU of the refined masks with the heat; 1 as long as there are none.
+        peak: mean probability of the hottest 0.2 % of the pixels, in [0, 1].
+        contrast: peak less the median of the map, in [0, 1].
+        contrastive_margin: this map less the best other one, where this one is hot and the other is
+            hotter, in [-1, 0]; 0 if no other sentence explains the place better.
+        agreement: soft IoU of the best mask with the heat, in [0, 1]; 1 as long as there are none.
     """
 
-    strength: float
+    peak: float
     contrast: float
-    rivalry: float
+    contrastive_margin: float
     agreement: float = 1.0
 
-    def features(self) -> tuple[float, float, float, float]:
-        """What the score is linear in: the logit of strength, and the other three as they are."""
-        strength = min(max(self.strength, _LEAST), 1 - _LEAST)
-        logit = math.log(strength / (1 - strength))
-        return logit, self.contrast, self.rivalry, self.agreement
+    def to_features(self) -> tuple[float, float, float, float]:
+        """What the score is linear in: the logit of the peak, and the other three as they are."""
+        peak = min(max(self.peak, _SMALLEST), 1 - _SMALLEST)
+        return math.log(peak / (1 - peak)), self.contrast, self.contrastive_margin, self.agreement
 
 
-_ORDINARY = Evidence(strength=0.5, contrast=0.45, rivalry=0.0, agreement=0.6)
+@dataclass(frozen=True, kw_only=True)
+class Presence:
+    """The verdict on one sentence.
+
+    Attributes:
+        present: whether the sentence counts as true of the image.
+        score: the presence in [0, 1] behind that.
+        reason: why it is absent; "" if it is present.
+        evidence: what the score was made of.
+    """
+
+    present: bool
+    score: float
+    reason: str
+    evidence: Evidence
 
 
-def gather(maps: NDArray[np.float32]) -> list[Evidence]:
-    """Evidence from probabilities (S, h, w), one entry for each sentence."""
-    flat = maps.reshape(len(maps), -1)
-    top = max(1, round(_TOP_SHARE * flat.shape[1]))
-    strength = np.partition(flat, -top, axis=1)[:, -top:].mean(axis=1)
-    ground = np.median(flat, axis=1)
+_TYPICAL = Evidence(peak=0.5, contrast=0.45, contrastive_margin=0.0, agreement=0.6)
+
+
+def measure_evidence(maps: Maps, others: Maps) -> list[Evidence]:
+    """Evidence for each of S sentences, before there are masks.
+
+    Args:
+        maps: probabilities (S, h, w), one map for each sentence.
+        others: maps (R, h, w) of further sentences that may explain a place better; R may be 0.
+    """
+    pixels = math.prod(maps.shape[1:])
+    flat = maps.reshape(len(maps), pixels)
+    rivals = np.concatenate([flat, others.reshape(len(others), pixels)])
+    count = max(1, round(_PEAK_SHARE * pixels))
+    peaks = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
+    medians = np.median(flat, axis=1)
     return [
         Evidence(
-            strength=float(strength[index]),
-            contrast=float(strength[index] - ground[index]),
-            rivalry=_rivalry(flat, index),
+            peak=float(peaks[index]),
+            contrast=float(peaks[index] - medians[index]),
+            contrastive_margin=_measure_margin(flat[index], np.delete(rivals, index, axis=0)),
         )
         for index in range(len(maps))
     ]
 
 
-def score(evidence: Evidence, pin: PresencePin) -> float:
-    """Presence in [0, 1]: the logistic function of the weighted evidence."""
-    terms = zip(_weights(pin), evidence.features(), strict=True)
-    total = pin.constant + sum(weight * feature for weight, feature in terms)
+def decide_before_refinement(
+    evidence: Evidence, model: PresenceModel, *, threshold: float
+) -> Presence:
+    """Whether the heat alone speaks for the sentence: if not, SAM-2 need not be asked.
+
+    Args:
+        evidence: from `measure_evidence`.
+        model: the weights of the evidence.
+        threshold: presence in [0, 1] from which the sentence counts as true.
+    """
+    score = score_presence(evidence, model)
+    present = score >= threshold
+    reason = "" if present else explain_absence(evidence, model)
+    return Presence(present=present, score=score, reason=reason, evidence=evidence)
+
+
+def decide_after_refinement(
+    evidence: Evidence,
+    agreements: Sequence[float] | None,
+    model: PresenceModel,
+    *,
+    threshold: float,
+    assume_present: bool = False,
+) -> Presence:
+    """Whether the sentence is true, now that its masks can be held against its heat.
+
+    Args:
+        evidence: from `measure_evidence`.
+        agreements: of each mask with the heat, in [0, 1]; None if SAM-2 was not asked.
+        model: the weights of the evidence.
+        threshold: presence in [0, 1] from which the sentence counts as true.
+        assume_present: a mask is enough, whatever the score.
+    """
+    if agreements is not None:
+        evidence = replace(evidence, agreement=max(agreements, default=0.0))
+    presence = decide_before_refinement(evidence, model, threshold=threshold)
+    present = bool(agreements) and (assume_present or presence.present)
+    reason = "" if present else explain_absence(evidence, model)
+    return replace(presence, present=present, reason=reason)
+
+
+def score_presence(evidence: Evidence, model: PresenceModel) -> float:
+    """Presence in [0, 1]: the logistic function of the weighted evidence.
+
+    Example:
+        >>> model = PresenceModel(
+        ...     peak=1.0, contrast=0.0, contrastive_margin=0.0, agreement=0.0, constant=0.0
+        ... )
+        >>> evidence = Evidence(peak=0.8, contrast=0.7, contrastive_margin=0.0)
+        >>> round(score_presence(evidence, model), 3)
+        0.8
+    """
+    terms = zip(_weights(model), evidence.to_features(), strict=True)
+    total = model.constant + sum(weight * feature for weight, feature in terms)
     return 1 / (1 + math.exp(-max(-60.0, min(60.0, total))))
 
 
-def reason(evidence: Evidence, pin: PresencePin) -> str:
+def explain_absence(evidence: Evidence, model: PresenceModel) -> str:
     """Why a sentence counts as absent, in words: the evidence that costs it most.
 
-    A cost is the distance from what is ordinary for a thing that is there. From the ideal, a logit
+    A cost is the distance from what is typical of a thing that is there. From the ideal, a logit
     without bound would outweigh all else.
     """
     causes = (
-        f"its highest probability is only {evidence.strength:.3f}",
+        f"its highest probability is only {evidence.peak:.3f}",
         f"its map hardly stands out from the ground, by {evidence.contrast:.3f}",
-        f"another sentence explains the same place better, by {evidence.rivalry:.2f}",
+        f"another sentence explains the same place better, by {-evidence.contrastive_margin:.2f}",
         f"no mask there agrees with its map (agreement {evidence.agreement:.2f})",
     )
-    terms = zip(_weights(pin), _ORDINARY.features(), evidence.features(), strict=True)
-    costs = [weight * (ordinary - own) for weight, ordinary, own in terms]
+    terms = zip(_weights(model), _TYPICAL.to_features(), evidence.to_features(), strict=True)
+    costs = [weight * (typical - measured) for weight, typical, measured in terms]
     return causes[costs.index(max(costs))]
 
 
-def _weights(pin: PresencePin) -> tuple[float, float, float, float]:
-    """In the order of `Evidence.features`."""
-    return pin.strength, pin.contrast, pin.rivalry, pin.agreement
+def _weights(model: PresenceModel) -> tuple[float, float, float, float]:
+    """In the order of `Evidence.to_features`."""
+    return model.peak, model.contrast, model.contrastive_margin, model.agreement
 
 
-def _rivalry(flat: NDArray[np.float32], index: int) -> float:
-    """Mean excess of the best other map of (S, P) where map `index` is above half its peak."""
-    others = np.delete(flat, index, axis=0)
-    own = flat[index]
-    if not len(others) or not own.max():
+def _measure_margin(heat: Maps, rivals: Maps) -> float:
+    """Mean lead of heat (P,) over the best of `rivals` (R, P) where heat is above half its peak."""
+    if not len(rivals) or not heat.max():
         return 0.0
-    hot = own >= 0.5 * own.max()
-    return float(np.maximum(others[:, hot].max(axis=0) - own[hot], 0).mean())
+    hot = heat >= 0.5 * heat.max()
+    return float(np.minimum(heat[hot] - rivals[:, hot].max(axis=0), 0).mean())

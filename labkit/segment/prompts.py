@@ -1,11 +1,10 @@
 """From the instances in a heat map to prompts for SAM-2.
 
-A multiple of a map gives the same prompts, zeros give none, and no foreground point lies outside
-of its instance.
+A multiple of a map gives the same prompts, a map of zeros gives none, and no foreground point lies
+outside of its instance.
 
-Arrays are (H, W), masks bool; points are pixels (x, y), boxes XYXY, where pixel (x, y) covers
-[x, x + 1) by [y, y + 1). `heat`, `threshold` and what is connected are as in
-`labkit.segment.instances`. What breaks this raises InputError.
+Arrays are (H, W), masks are bool, points are pixels (x, y), boxes XYXY, where pixel (x, y) covers
+[x, x + 1) by [y, y + 1). Heat and instances are as in `labkit.segment.instances`.
 
 Source: Ravi et al., SAM 2, 2024 (the mask prompt, and its rule x20 - 10 for probabilities).
 """
@@ -20,24 +19,33 @@ from numpy.typing import ArrayLike, NDArray
 
 from labkit.runtime import InputError
 from labkit.segment.instances import (
-    CORNERS,
     Floats,
     Heat,
     Mask,
     check_shares,
     find_instances,
-    relative,
+    find_window,
+    label_components,
+    measure_depth,
+    scale_to_peak,
 )
 
 Points = NDArray[np.int64]
 
+_COMPETES = 0.5  # relative heat from which ground competes
+_MARGIN = 0.015  # of the map's longer side: background points keep so far from the instance
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prompt:
-    """What SAM-2 is told about one instance, whose `region` (H, W) stays as in the heat map.
+    """What SAM-2 is told about one instance.
 
-    `points` (K, 2) have `labels` (K,): 1, foreground, then 0, background. `box` (4,) is tight.
-    `mask_logits` (S, S) in [-10, 10] show the whole image, squashed.
+    Attributes:
+        points: (K, 2) pixels (x, y).
+        labels: (K,) 1 for foreground, 0 for background; the foreground comes first.
+        box: (4,) XYXY, tight around the region.
+        mask_logits: (S, S) in [-10, 10], of the whole image squashed to a square.
+        region: (H, W) bool, the instance in pixels of the heat map.
     """
 
     points: Floats
@@ -46,8 +54,8 @@ class Prompt:
     mask_logits: Heat
     region: Mask
 
-    def scaled(self, sx: float, sy: float) -> Prompt:
-        """The prompt with points and box for an image `sx` times as wide and `sy` as high.
+    def scale(self, sx: float, sy: float) -> Prompt:
+        """The prompt for an image `sx` times as wide and `sy` times as high; region stays.
 
         Points are centres of pixels, x -> (x + 0.5) * sx - 0.5; boxes have edges, x -> x * sx.
         """
@@ -57,169 +65,169 @@ class Prompt:
         return replace(self, points=points, box=self.box * (sx, sy, sx, sy))
 
 
-def positive_points(region: Mask, heat: ArrayLike, count: int = 3) -> Points:
-    """At most `count` foreground points (K, 2) in `region` (H, W), best first.
-
-    The first is where distance from the edge times heat is greatest. Each further one is as far as
-    can be from those before it, at least half as deep inside as `region` gets. K is 0 where
-    `region` has no pixel with heat.
-    """
-    shares = relative(heat)
-    return _clicks(_checked(region, shares.shape) & (shares > 0), shares, count)
-
-
-def negative_points(
-    region: Mask, competing: ArrayLike, count: int = 2, *, margin: float = 0.015, reach: float = 1.0
-) -> Points:
-    """At most `count` background points (K, 2) on what competes with `region` (H, W), best first.
-
-    They are chosen as foreground points are, on the ground where `competing` (H, W), in [0, 1], is
-    at least 0.5, clear of `region` by `margin` of the longer side of the map (2 pixels or more),
-    and within `reach` diagonals of its box. Every connected piece of that ground has a depth of
-    its own. K is 0 where there is no such ground, or no `region`.
-    """
-    from scipy import ndimage
-
-    rivals = np.asarray(competing)
-    inside = _checked(region, rivals.shape)
-    if not ((rivals >= 0) & (rivals <= 1)).all():
-        raise InputError("competing must lie in [0, 1]; use competing_ground() or relative()")
-    ground = np.zeros_like(inside)
-    if inside.any():
-        rows, columns = _window(inside)
-        far = round(reach * np.hypot(rows.stop - rows.start, columns.stop - columns.start))
-        near = tuple(slice(max(s.start - far, 0), s.stop + far) for s in (rows, columns))
-        width = 2 * max(2, round(margin * max(inside.shape))) + 1
-        close = ndimage.maximum_filter(inside[near], width, mode="constant")
-        ground[near] = (rivals[near] >= 0.5) & ~close
-    return _clicks(ground, rivals, count)
-
-
-def box_of(region: Mask, *, margin: float = 0.0) -> Floats:
-    """The tight box (4,) of `region` (H, W), grown on each side by `margin` of its width or height.
-
-    It is clipped to the map. A `region` without a pixel raises InputError.
-    """
-    if margin < 0 or not _checked(region, np.shape(region)).any():
-        raise InputError(f"box_of needs a pixel in region and margin >= 0, got margin {margin}")
-    rows, columns = _window(region)
-    low, high = np.array([(columns.start, rows.start), (columns.stop, rows.stop)])
-    grow = margin * (high - low)
-    sides = np.maximum(low - grow, 0.0), np.minimum(high + grow, region.shape[::-1])
-    return np.concatenate(sides)
-
-
-def mask_logits(
-    heat: ArrayLike, zone: Mask, size: int | tuple[int, int], *, threshold: float = 0.5
-) -> Heat:
-    """The heat in `zone` (H, W) as logits in [-10, 10]: `size` is S for (S, S), or (rows, columns).
-
-    Shares of the peak in `zone` become logits along two straight lines, from 0 -> -10 through
-    `threshold`, the outline of an instance, -> 0 to 1 -> 10: x20 - 10 if `threshold` is 0.5.
-    Around `zone` it is -10. The map is squashed as SAM-2 squashes the image: bilinearly, by
-    Pillow, which averages where it shrinks.
-    """
-    check_shares(threshold=threshold)
-    shares = relative(heat)
-    return _logits(np.where(_checked(zone, shares.shape), shares, 0), size, threshold)
-
-
-def competing_ground(maps: ArrayLike, index: int) -> Heat:
-    """Relative heat (H, W) of the other sentences where one is hotter than `index`, elsewhere 0.
-
-    `maps` is (S, H, W), and all 0 comes out if S is 1. Leave out sentences that were found absent:
-    relative to its own peak, even noise is hot.
-    """
-    stack = np.asarray(maps)
-    if stack.ndim != 3 or not 0 <= index < len(stack):
-        raise InputError(f"maps must be (S, H, W) and index in [0, S): {stack.shape}, {index}")
-    shares = np.stack([relative(one) for one in stack])
-    highest = shares.max(axis=0)
-    return np.where(highest > shares[index], highest, np.float32(0))
-
-
 def make_prompts(
     heat: ArrayLike,
     *,
-    grid: int,
+    low_res_size: int,
     competing: ArrayLike | None = None,
-    positives: int = 3,
-    negatives: int = 2,
-    threshold: float = 0.5,
+    num_foreground: int = 3,
+    num_background: int = 2,
+    box_threshold: float = 0.5,
 ) -> list[Prompt]:
-    """A prompt for each instance in `heat` (H, W), in the order of `find_instances`.
+    """Make a prompt for each instance in a heat map, in the order of `find_instances`.
 
-    `grid` is S, the side of SAM-2's mask prompts: 256 in the published models. `positives` and
-    `negatives` say how many points there are at most. `competing` (H, W) in [0, 1] is as from
-    `competing_ground`; other instances compete in any case, each relative to its own peak.
+    Args:
+        heat: (H, W).
+        low_res_size: width and height of SAM-2's mask prompts, 256 in the published models.
+        competing: (H, W) in [0, 1], heat of other sentences as from `find_competing_heat`. Other
+            instances compete in any case, each relative to its own peak.
+        num_foreground: how many foreground points there are at most.
+        num_background: how many background points there are at most.
+        box_threshold: share of its own peak at which an instance is outlined, between 0 and 1.
+
+    Raises:
+        InputError: an argument is out of its range.
+
+    Example:
+        >>> heat = np.zeros((20, 40))
+        >>> heat[5:15, 5:15] = 0.9
+        >>> [prompt] = make_prompts(heat, low_res_size=256)
+        >>> prompt.box
+        array([ 5.,  5., 15., 15.])
     """
-    shares = relative(heat)
+    shares = scale_to_peak(heat)
     if competing is not None and np.shape(competing) != shares.shape:
         raise InputError(f"competing must be like heat, {shares.shape}, got {np.shape(competing)}")
-    found = find_instances(shares, threshold=threshold)
-    own = np.zeros_like(shares)
-    for one in found:
-        own[one.zone] = shares[one.zone] / shares[one.peak_xy[::-1]]
+    instances = find_instances(shares, threshold=box_threshold)
+    own_shares = np.zeros_like(shares)
+    for instance in instances:
+        zone = instance.zone
+        own_shares[zone] = shares[zone] / shares[instance.peak_xy[::-1]]
     prompts = []
-    for one in found:
-        rivals = np.where(one.zone, 0, own)
+    for instance in instances:
+        rivals = np.where(instance.zone, 0, own_shares)
         if competing is not None:
             rivals = np.maximum(rivals, competing)
-        front = _clicks(one.region, shares, positives)
-        back = negative_points(one.region, rivals, negatives)
-        points = np.concatenate([front, back]).astype(np.float64)
-        labels = np.repeat([1, 0], [len(front), len(back)])
-        logits = _logits(np.where(one.zone, shares, 0), grid, threshold)
-        box = box_of(one.region)
+        foreground = pick_points(instance.region, shares, num_foreground)
+        background = pick_points(find_background(instance.region, rivals), rivals, num_background)
         prompts.append(
-            Prompt(points=points, labels=labels, box=box, mask_logits=logits, region=one.region)
+            Prompt(
+                points=np.concatenate([foreground, background]).astype(np.float64),
+                labels=np.repeat([1, 0], [len(foreground), len(background)]),
+                box=make_box(instance.region),
+                mask_logits=make_mask_logits(
+                    shares, instance.zone, low_res_size, threshold=box_threshold
+                ),
+                region=instance.region,
+            )
         )
     return prompts
 
 
-def _clicks(ground: Mask, heat: NDArray[Any], count: int) -> Points:
-    """Pixels (K, 2) of `ground`: the best one, then those far from all before; K <= `count`."""
-    from scipy import ndimage
+def pick_points(ground: Mask, heat: NDArray[Any], count: int) -> Points:
+    """Pick at most `count` points (K, 2) on some ground (H, W), best first.
 
+    The first is where distance from the edge of the ground times heat (H, W) is greatest. Each
+    further one is as far as can be from those before it, at least half as deep inside as its
+    connected piece of the ground gets. K is 0 where no pixel of the ground has heat.
+
+    Example:
+        >>> ground = np.zeros((9, 9), dtype=bool)
+        >>> ground[2:7, 2:7] = True
+        >>> pick_points(ground, np.ones((9, 9)), 1)
+        array([[4, 4]])
+    """
+    _check_mask(ground, heat.shape)
+    ground = ground & (heat > 0)
     if count < 1 or not ground.any():
         return np.zeros((0, 2), dtype=np.int64)
-    rows, columns = window = _window(ground)
-    inside = np.pad(ground[window], 1)  # the edge of the map is an edge
-    depth = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
-    pieces, number = ndimage.label(ground[window], CORNERS)
-    deepest = np.ones(number + 1)
+    rows, columns = window = find_window(ground)
+    depth = measure_depth(ground[window])
+    pieces, areas = label_components(ground[window])
+    deepest = np.ones(len(areas))
     np.maximum.at(deepest, pieces, depth)
     pixels = np.argwhere(depth >= np.maximum(deepest / 2, 1)[pieces])
-    chosen = [np.array(np.unravel_index((depth * heat[window]).argmax(), depth.shape))]
-    room = ((pixels - chosen[0]) ** 2).sum(axis=1)
-    while len(chosen) < count and room.max() > 0:
-        chosen.append(pixels[room.argmax()])
-        room = np.minimum(room, ((pixels - chosen[-1]) ** 2).sum(axis=1))
-    points: Points = np.array(chosen)[:, ::-1] + (columns.start, rows.start)
+    picked = [np.array(np.unravel_index((depth * heat[window]).argmax(), depth.shape))]
+    distance = ((pixels - picked[0]) ** 2).sum(axis=1)
+    while len(picked) < count and distance.max() > 0:
+        picked.append(pixels[distance.argmax()])
+        distance = np.minimum(distance, ((pixels - picked[-1]) ** 2).sum(axis=1))
+    points: Points = np.array(picked)[:, ::-1] + (columns.start, rows.start)
     return points
 
 
-def _logits(heat: Heat, size: int | tuple[int, int], threshold: float) -> Heat:
+def find_background(region: Mask, competing: ArrayLike) -> Mask:
+    """The ground (H, W) around a region (H, W) on which background points may lie.
+
+    It is where `competing` (H, W) in [0, 1] is at least 0.5, clear of the region by 1.5 % of the
+    longer side of the map (2 pixels or more), and no farther from the region's box than that is
+    long from corner to corner. Where there is no region, there is no such ground.
+    """
+    import cv2
+
+    rivals = np.asarray(competing)
+    _check_mask(region, rivals.shape)
+    if not ((rivals >= 0) & (rivals <= 1)).all():
+        raise InputError("competing must lie in [0, 1]; see find_competing_heat, scale_to_peak")
+    ground = np.zeros_like(region)
+    if region.any():
+        rows, columns = find_window(region)
+        reach = round(np.hypot(rows.stop - rows.start, columns.stop - columns.start))
+        near = tuple(slice(max(s.start - reach, 0), s.stop + reach) for s in (rows, columns))
+        width = 2 * max(2, round(_MARGIN * max(region.shape))) + 1
+        close = cv2.dilate(region[near].astype(np.uint8), np.ones((width, width), np.uint8))
+        ground[near] = (rivals[near] >= _COMPETES) & (close == 0)
+    return ground
+
+
+def make_box(region: Mask) -> Floats:
+    """The tight box (4,) XYXY of a region (H, W).
+
+    Raises:
+        InputError: the region has no pixel.
+    """
+    if not region.any():
+        raise InputError("a box needs at least one pixel in its region")
+    rows, columns = find_window(region)
+    return np.array([columns.start, rows.start, columns.stop, rows.stop], dtype=np.float64)
+
+
+def make_mask_logits(shares: Heat, zone: Mask, size: int, *, threshold: float = 0.5) -> Heat:
+    """Turn relative heat (H, W) in a zone (H, W) into a mask prompt (size, size) of logits.
+
+    Shares of the peak in the zone become logits along two straight lines, from 0 -> -10 through
+    `threshold`, the outline of an instance, -> 0 to 1 -> 10: x20 - 10 if `threshold` is 0.5.
+    Around the zone it is -10. The map is squashed as SAM-2 squashes the image: bilinearly, by
+    Pillow, which averages where it shrinks.
+    """
     from PIL import Image
 
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if min(rows, columns) < 1:
-        raise InputError(f"size or grid must be 1 or more, got {size}")
-    share = heat / (heat.max() or 1)
-    above = 1 - (1 - share) * (0.5 / (1 - threshold))
-    level = np.where(share < threshold, share * (0.5 / threshold), above).astype(np.float32)
-    squashed = Image.fromarray(level).resize((columns, rows), Image.Resampling.BILINEAR)
+    check_shares(threshold=threshold)
+    if size < 1:
+        raise InputError(f"size must be 1 or more, got {size}")
+    _check_mask(zone, shares.shape)
+    shares = np.where(zone, shares, 0)
+    shares = shares / (shares.max() or 1)
+    above = 1 - (1 - shares) * (0.5 / (1 - threshold))
+    level = np.where(shares < threshold, shares * (0.5 / threshold), above).astype(np.float32)
+    squashed = Image.fromarray(level).resize((size, size), Image.Resampling.BILINEAR)
     return np.clip(np.asarray(squashed) * 20 - 10, -10, 10)
 
 
-def _window(mask: Mask) -> tuple[slice, slice]:
-    """Rows and columns around the pixels of `mask`, which has one at least."""
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+def find_competing_heat(shares: Heat, rivals: Heat) -> Heat:
+    """Relative heat (H, W) of other sentences where one of them is hotter, elsewhere 0.
+
+    Leave out sentences that were found absent: relative to its own peak, even noise is hot.
+
+    Args:
+        shares: relative heat (H, W) of the sentence, as from `scale_to_peak`.
+        rivals: relative heat (R, H, W) of the others; R may be 0.
+    """
+    hottest = rivals.max(axis=0, initial=0)
+    return np.where(hottest > shares, hottest, np.float32(0))
 
 
-def _checked(mask: Mask, shape: tuple[int, ...]) -> Mask:
+def _check_mask(mask: Mask, shape: tuple[int, ...]) -> None:
     if mask.dtype != bool or mask.ndim != 2 or mask.shape != shape:
         got = f"{mask.dtype} {mask.shape}"
         raise InputError(f"region and zone must be bool (H, W) like the map {shape}, got {got}")
-    return mask

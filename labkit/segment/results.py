@@ -1,34 +1,44 @@
-"""What was found: an answer to each sentence, and a mask with its scores for each object."""
+"""What a segmenter returns: all of an image, each sentence, each object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.files import open_atomic, write_json
+from labkit.report import Cell, Table, write_report
 from labkit.runtime import InputError
+from labkit.segment.export import to_coco, to_supervision
+from labkit.segment.figures import draw_overlay, draw_stages
+from labkit.segment.masks import Rle, decode_mask
 from labkit.segment.presence import Evidence
 from labkit.segment.prompts import Prompt
-from labkit.segment.rle import Rle, decode_mask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FoundObject:
+class SegmentedObject:
     """One object. All four scores lie in [0, 1] and mean different things.
 
     Attributes:
-        prompt: the sentence that names it.
+        sentence: the sentence that names it.
         rle: its mask, as COCO's run lengths.
         box: the tight box of the mask, XYXY in pixels, right and bottom exclusive.
-        presence: that the sentence is true of the image at all.
+        presence: whether the sentence is true of the image at all.
         grounding: mean probability of CLIPSeg's map inside the mask.
         predicted_iou: SAM-2's own estimate of the IoU of the mask with the object it outlined.
         agreement: soft IoU of the mask with the heat of this object, relative to its peak.
     """
 
-    prompt: str
+    sentence: str
     rle: Rle
     box: tuple[int, int, int, int]
     presence: float
@@ -38,90 +48,163 @@ class FoundObject:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """(H, W) bool, decoded anew at each call."""
+        """(H, W) bool, decoded from the run lengths at each call."""
         return decode_mask(self.rle)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Answer:
+class SentenceResult:
     """What became of one sentence.
 
     Attributes:
-        prompt: the sentence.
+        sentence: what was asked for.
         present: whether it counts as true of the image.
         presence: the score in [0, 1] behind that.
         reason: why it is absent; "" if it is present.
         evidence: what the score was made of.
         heat: CLIPSeg's map (h, w) in [0, 1], of the whole image in its own proportions.
         prompts: what SAM-2 was told, in pixels of `heat`; empty if it was told nothing.
+        objects: what was found, the best first; empty if the sentence is absent.
+        size: (H, W) of the image.
     """
 
-    prompt: str
+    sentence: str
     present: bool
     presence: float
     reason: str
     evidence: Evidence
     heat: NDArray[np.float32]
     prompts: tuple[Prompt, ...]
+    objects: tuple[SegmentedObject, ...]
+    size: tuple[int, int]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) bool: everything that the sentence names; empty if it is absent."""
+        mask = np.zeros(self.size, dtype=bool)
+        for segmented in self.objects:
+            mask |= segmented.mask
+        return mask
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Findings:
-    """All answers for one image.
+class Segmentation:
+    """Everything that was found in one image.
+
+    It is a sequence of objects: it has a length, can be iterated over, and `found[0]` is an object;
+    `found["dog"]` is the `SentenceResult` of a sentence.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        answers: one for each sentence, in the order asked.
-        objects: in the order of the sentences, the best of each first.
+        sentences: a result for each sentence, in the order in which they were asked.
         note: stands on the face of every figure and report; "" for none.
-        models: which weights gave the answers.
+        models: the weights that were used.
     """
 
     image: NDArray[np.uint8]
-    answers: tuple[Answer, ...]
-    objects: tuple[FoundObject, ...]
+    sentences: tuple[SentenceResult, ...]
     note: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def objects(self) -> tuple[SegmentedObject, ...]:
+        """All objects, in the order of the sentences, the best of each first."""
+        return tuple(segmented for result in self.sentences for segmented in result.objects)
+
+    @cached_property
     def masks(self) -> NDArray[np.bool_]:
-        """(N, H, W) bool, one mask for each of `objects`; N is 0 if nothing was found."""
-        empty = np.zeros((0, *self.image.shape[:2]), dtype=bool)
-        return np.stack([thing.mask for thing in self.objects]) if self.objects else empty
+        """(N, H, W) bool, a mask for each of `objects`, decoded once; N may be 0."""
+        masks = np.zeros((len(self), *self.image.shape[:2]), dtype=bool)
+        for mask, segmented in zip(masks, self.objects, strict=True):
+            mask[:] = segmented.mask
+        return masks
 
     @property
     def boxes(self) -> NDArray[np.int64]:
-        """(N, 4) XYXY in pixels."""
-        return np.array([thing.box for thing in self.objects], dtype=np.int64).reshape(-1, 4)
+        """(N, 4) XYXY in pixels, a box for each of `objects`."""
+        boxes = [segmented.box for segmented in self.objects]
+        return np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
-    def answer(self, prompt: str) -> Answer:
-        """The answer to `prompt`, whatever its white space.
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __iter__(self) -> Iterator[SegmentedObject]:
+        return iter(self.objects)
+
+    @overload
+    def __getitem__(self, key: int) -> SegmentedObject: ...
+
+    @overload
+    def __getitem__(self, key: str) -> SentenceResult: ...
+
+    def __getitem__(self, key: int | str) -> SegmentedObject | SentenceResult:
+        if isinstance(key, int):
+            return self.objects[key]
+        for result in self.sentences:
+            if result.sentence == " ".join(key.split()):
+                return result
+        asked = ", ".join(repr(result.sentence) for result in self.sentences)
+        raise InputError(f"{key!r} was not asked for; these sentences were: {asked}")
+
+    def to_coco(self, name: str = "image") -> dict[str, Any]:
+        """The objects as a COCO document; see `labkit.segment.export.to_coco`."""
+        return to_coco(self, name)
+
+    def to_supervision(self) -> Any:
+        """The objects as `supervision.Detections`; see `labkit.segment.export.to_supervision`."""
+        return to_supervision(self)
+
+    def overlay(self) -> Figure:
+        """Draw the image with every mask in a colour of its own."""
+        return draw_overlay(self)
+
+    def figure(self, *stages: str) -> Figure:
+        """Draw a row for each sentence, with its heat map, prompts and masks; or only `stages`.
 
         Raises:
-            InputError: it was not asked.
+            InputError: a stage is not heat, prompts or masks.
         """
-        for answer in self.answers:
-            if answer.prompt == " ".join(prompt.split()):
-                return answer
-        asked = ", ".join(repr(answer.prompt) for answer in self.answers)
-        raise InputError(f"{prompt!r} was not asked; these were: {asked}")
+        return draw_stages(self, *stages)
 
-    def objects_of(self, prompt: str) -> tuple[FoundObject, ...]:
-        """What was found for `prompt`, the best first; empty if it is absent.
+    def tables(self) -> dict[str, Table]:
+        """Sentences and objects as tables, for a report or a notebook."""
+        sentences: list[list[Cell]] = [
+            [r.sentence, "yes" if r.present else "no", r.presence, r.evidence.peak, r.reason]
+            for r in self.sentences
+        ]
+        objects: list[list[Cell]] = [
+            [o.sentence, o.presence, o.grounding, o.predicted_iou, o.agreement, str(o.box)]
+            for o in self.objects
+        ]
+        scores = ("presence", "grounding", "predicted IoU", "agreement")
+        return {
+            "Sentences": Table(("sentence", "present", "presence", "peak", "why not"), sentences),
+            "Objects": Table(("sentence", *scores, "box"), objects),
+        }
+
+    def save(self, folder: Path | str, name: str = "image") -> Path:
+        """Write `masks.json`, `overlay.png` and `report.html` into a folder; return its path.
 
         Raises:
-            InputError: it was not asked.
+            SourceError: something could not be written.
         """
-        asked = self.answer(prompt).prompt
-        return tuple(thing for thing in self.objects if thing.prompt == asked)
-
-    def mask_of(self, prompt: str) -> NDArray[np.bool_]:
-        """(H, W) bool: everything that `prompt` names; empty if it is absent.
-
-        Raises:
-            InputError: it was not asked.
-        """
-        mask = np.zeros(self.image.shape[:2], dtype=bool)
-        for thing in self.objects_of(prompt):
-            mask |= thing.mask
-        return mask
+        folder = Path(folder)
+        write_json(folder / "masks.json", self.to_coco(name))
+        overlay = self.overlay()
+        with open_atomic(folder / "overlay.png") as file:
+            overlay.savefig(file, format="png")
+        height, width = self.image.shape[:2]
+        present = sum(result.present for result in self.sentences)
+        write_report(
+            folder / "report.html",
+            title=f"What the sentences name in {name}",
+            note=self.note,
+            facts={
+                "image": f"{width} × {height}",
+                "objects": f"{len(self)} in {present} sentences",
+                **self.models,
+            },
+            figures={"Overlay": overlay, "Stages": self.figure()},
+            tables=self.tables(),
+        )
+        return folder

@@ -1,13 +1,16 @@
 """Prompts to masks, by SAM-2: the image is encoded once, prompts are decoded in parts.
 
-Thresholds and choices are made on SAM-2's own low-resolution grid; only what is kept is ever drawn
-at the size of the image. Source: Ravi et al., SAM 2: Segment Anything in Images and Videos, 2024.
+Masks stay in SAM-2's own low resolution; `labkit.segment.masks` chooses among them there, and only
+what is kept is ever drawn at the size of the image.
+
+Source: Ravi et al., SAM 2: Segment Anything in Images and Videos, 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,52 +29,26 @@ from labkit.runtime import (
     run_in_parts,
     use_seed,
 )
-from labkit.segment.checkpoints import Sam2Pin
+from labkit.segment.checkpoints import Sam2Checkpoint
 from labkit.segment.prompts import Prompt
 
 Logits = NDArray[np.float32]
-Masks = NDArray[np.bool_]
 
 _PROMPTS_AT_ONCE = 16
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_STABILITY_OFFSET = 1.0  # logits, as in Meta's automatic mask generator
-_SAME = 0.7  # IoU from which two masks are one object
-_INSIDE = 0.9  # share of the smaller mask inside the larger from which it is a part of it
-_HOLE = 0.01  # share of a mask's area below which a hole is filled
-_ISLAND = 0.1  # share of the largest piece's area below which another is cleared
-_POST_PROCESSING = {  # what build_sam2 adds to every configuration
-    "dynamic_multimask_via_stability": True,
-    "dynamic_multimask_stability_delta": 0.05,
-    "dynamic_multimask_stability_thresh": 0.98,
-}
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """An encoded image: embedding (1, C, g, g), and finer maps of it, the finest first."""
+    """An encoded image.
 
-    embedding: Tensor
-    finer: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Candidate:
-    """A mask for one prompt, on SAM-2's grid.
-
-    `logits` (G, G) are of the whole image, squashed. `predicted_iou`, `stability` and `agreement`
-    lie in [0, 1].
+    Attributes:
+        embedding: (1, C, h, w).
+        high_res: finer maps of the same image, the finest first.
     """
 
-    prompt: Prompt
-    logits: Logits
-    predicted_iou: float
-    stability: float
-    agreement: float
-
-    @property
-    def score(self) -> float:
-        """Product of the three."""
-        return self.predicted_iou * self.stability * self.agreement
+    embedding: Tensor
+    high_res: tuple[Tensor, ...]
 
 
 class Sam2:
@@ -82,51 +59,53 @@ class Sam2:
         self.device, self.precision = device, precision
 
     @classmethod
-    def from_pin(cls, pin: Sam2Pin, device: torch.device) -> Sam2:
-        """The model that `pin` names, in fp32 on a CPU and in fp16 or bf16 on a GPU.
+    def from_checkpoint(cls, checkpoint: Sam2Checkpoint, device: torch.device) -> Sam2:
+        """Load a SAM-2: in fp32 on a CPU, in fp16 or bf16 on a GPU.
 
         Raises:
             SourceError: its files could not be had, or do not fit each other.
         """
         from safetensors.torch import load_file
 
-        file = pin.file()
+        path = checkpoint.fetch()
         with use_seed(0):
-            model = build_sam2(pin)
+            model = build_sam2(checkpoint)
         try:
-            if file.suffix == ".safetensors":
-                weights = load_file(file)
+            if path.suffix == ".safetensors":
+                weights = load_file(path)
             else:
-                weights = torch.load(file, map_location="cpu", weights_only=True)["model"]
+                weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
             model.load_state_dict(weights)
         except Exception as error:  # safetensors', pickle's, zipfile's and torch's own
             cause = as_one_line(error)
-            raise SourceError(f"{file} could not be loaded as {pin.config}: {cause}") from error
+            raise SourceError(
+                f"{path} could not be loaded as {checkpoint.config}: {cause}"
+            ) from error
         return cls(model, device, resolve_precision("auto", device))
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Width and height in pixels of the square that the model sees."""
         return int(self.model.image_size)
 
     @property
-    def grid(self) -> int:
-        """Width and height of a mask prompt, and of the masks before they are enlarged."""
+    def low_res_size(self) -> int:
+        """Width and height of a mask prompt, and of the masks before they are upsampled."""
         return 4 * int(self.model.sam_image_embedding_size)
 
-    @torch.inference_mode()
     def encode(self, image: NDArray[np.uint8]) -> ImageFeatures:
-        """Encode an image (H, W, 3) uint8 RGB, whatever its size, once for all prompts.
+        """Encode an image (H, W, 3) uint8 RGB of any size, once for all prompts.
 
         Raises:
             OutOfMemoryError: the device has no room for it.
         """
         try:
-            pixels = self._pixels(image)
-            with self.precision.autocast(self.device):
-                *finer, coarse = self.model.forward_image(pixels)["backbone_fpn"]
+            with torch.inference_mode(), self.precision.autocast(self.device):
+                *high_res, embedding = self.model.forward_image(self._preprocess(image))[
+                    "backbone_fpn"
+                ]
                 if self.model.directly_add_no_mem_embed:
-                    coarse = coarse + self.model.no_mem_embed.view(1, -1, 1, 1)
+                    embedding = embedding + self.model.no_mem_embed.view(1, -1, 1, 1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,68 +113,70 @@ class Sam2:
                 f"no memory left to encode the image on {self.device}. "
                 "Use a smaller SAM-2 checkpoint, or device='cpu'."
             ) from error
-        return ImageFeatures(coarse, tuple(finer))
+        return ImageFeatures(embedding, tuple(high_res))
 
-    def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
-        """The image (1, 3, side, side), squashed and normalised as in training."""
+    def _preprocess(self, image: NDArray[np.uint8]) -> Tensor:
+        """The image (1, 3, image_size, image_size), squashed and normalised as in training."""
         pixels = torch.tensor(image).to(self.device).permute(2, 0, 1)[None].float()
-        size = (self.side, self.side)
+        size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True) / 255
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (_MEAN, _STD))
         return (pixels - mean) / std
 
-    def decode(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
-        """All four masks of SAM-2's decoder for each prompt: the single one, then the three.
+    def predict(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
+        """Predict the four masks of SAM-2's decoder for each of N prompts.
 
-        Prompts with as many points are decoded together: one that is filled up gets other masks.
+        The first is the mask it gives when asked for one, the others are those it gives when asked
+        for three. Prompts with as many points are decoded together: a prompt that is filled up with
+        padding gets other masks.
 
         Args:
-            features: of the image.
+            features: from `encode`.
             prompts: with points and boxes in pixels of SAM-2's square.
 
         Returns:
-            Logits (N, 4, G, G) and predicted IoUs (N, 4).
+            Logits (N, 4, S, S) and predicted IoUs (N, 4), where S is `low_res_size`.
         """
-        logits = np.zeros((len(prompts), 4, self.grid, self.grid), np.float32)
+        logits = np.zeros((len(prompts), 4, self.low_res_size, self.low_res_size), np.float32)
         ious = np.zeros((len(prompts), 4), np.float32)
         counts = np.array([len(prompt.points) for prompt in prompts])
         for count in np.unique(counts):
             rows = np.flatnonzero(counts == count)
-            logits[rows], ious[rows] = self._alike(features, [prompts[row] for row in rows])
+            decode = partial(self._decode, features, *_to_tensors([prompts[row] for row in rows]))
+            parts = run_in_parts(decode, len(rows), size=_PROMPTS_AT_ONCE, what="prompts")
+            logits[rows], ious[rows] = map(np.concatenate, zip(*parts, strict=True))
         return logits, ious
 
-    def _alike(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
-        """The same for one prompt or more, with as many points each."""
-        return _joined(lambda part: self._decoded(features, prompts[part]), len(prompts))
+    def predict_points(
+        self, features: ImageFeatures, points: NDArray[np.float64]
+    ) -> tuple[Logits, Logits]:
+        """Predict the four masks for each of N foreground points (N, 2), without box and mask.
 
-    def click(self, features: ImageFeatures, points: NDArray[np.float64]) -> tuple[Logits, Logits]:
-        """The same for one foreground point each, without box and mask.
-
-        Args:
-            features: of the image.
-            points: (N, 2) in pixels of SAM-2's square.
+        Points are pixels (x, y) of SAM-2's square. What is returned is as from `predict`.
         """
         if not len(points):
-            return self.decode(features, [])
-        places = torch.from_numpy(points).float()[:, None]
-        labels = torch.ones(places.shape[:2], dtype=torch.int32)
-        return _joined(
-            lambda part: self._predicted(features, places[part], labels[part], None), len(points)
-        )
+            return self.predict(features, [])
+        coordinates = torch.from_numpy(points).float()[:, None]  # (N, 1, 2)
+        labels = torch.ones(coordinates.shape[:2], dtype=torch.int32)
+        decode = partial(self._decode, features, coordinates, labels, None)
+        parts = run_in_parts(decode, len(points), size=_PROMPTS_AT_ONCE, what="points")
+        logits, ious = map(np.concatenate, zip(*parts, strict=True))
+        return logits, ious
 
-    def _decoded(self, features: ImageFeatures, prompts: Sequence[Prompt]) -> tuple[Logits, Logits]:
-        return self._predicted(features, *_as_tensors(prompts))
-
-    @torch.inference_mode()
-    def _predicted(
-        self, features: ImageFeatures, points: Tensor, labels: Tensor, masks: Tensor | None
+    def _decode(
+        self,
+        features: ImageFeatures,
+        points: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        part: slice,
     ) -> tuple[Logits, Logits]:
-        """Logits (N, 4, G, G) and IoUs (N, 4) for points (N, K, 2) and masks (N, 1, G, G)."""
-        with self.precision.autocast(self.device):
+        """A part of N prompts: points (N, K, 2), labels (N, K) and masks (N, 1, S, S)."""
+        with torch.inference_mode(), self.precision.autocast(self.device):
             sparse, dense = self.model.sam_prompt_encoder(
-                points=(points.to(self.device), labels.to(self.device)),
+                points=(points[part].to(self.device), labels[part].to(self.device)),
                 boxes=None,
-                masks=None if masks is None else masks.to(self.device),
+                masks=None if masks is None else masks[part].to(self.device),
             )
             logits, ious, _, _ = self.model.sam_mask_decoder.predict_masks(
                 image_embeddings=features.embedding,
@@ -203,107 +184,25 @@ class Sam2:
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
                 repeat_image=True,
-                high_res_features=list(features.finer),
+                high_res_features=list(features.high_res),
             )
         return logits.float().cpu().numpy(), ious.float().cpu().numpy()
 
 
-def build_sam2(pin: Sam2Pin) -> nn.Module:
-    """The network of `pin`'s configuration, with sam2's own post-processing and random weights."""
+def build_sam2(checkpoint: Sam2Checkpoint) -> nn.Module:
+    """Build the network that a checkpoint's configuration describes, with random weights."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    config = OmegaConf.load(pin.config_file())
-    OmegaConf.update(config, "model.sam_mask_decoder_extra_args", _POST_PROCESSING)
+    config = OmegaConf.load(checkpoint.find_config())
     model: nn.Module = instantiate(config.model, _recursive_=True)
     return model
 
 
-def choose(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
-    """The best of the masks (M, G, G) for a prompt: predicted IoU × stability × agreement."""
-    heat = (prompt.mask_logits + 10) / 20  # relative heat of the instance, see prompts.mask_logits
-    candidates = [
-        Candidate(
-            prompt=prompt,
-            logits=mask,
-            predicted_iou=float(np.clip(iou, 0, 1)),
-            stability=stability(mask),
-            agreement=agreement(mask > 0, heat),
-        )
-        for mask, iou in zip(logits, ious, strict=True)
-    ]
-    return max(candidates, key=lambda candidate: candidate.score)
+def _to_tensors(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (N, 2 + K, 2), labels (N, 2 + K) and masks (N, 1, S, S) of N prompts of K points.
 
-
-def stability(logits: Logits) -> float:
-    """IoU in [0, 1] of the masks at a threshold one logit higher and one lower; 0 for no mask."""
-    wide = int((logits > -_STABILITY_OFFSET).sum())
-    return float((logits > _STABILITY_OFFSET).sum() / wide) if wide else 0.0
-
-
-def agreement(mask: Masks, heat: Logits) -> float:
-    """Soft IoU in [0, 1] of a mask (G, G) with relative heat (G, G) in [0, 1]."""
-    common = float(heat[mask].sum())
-    union = float(mask.sum() + heat.sum() - common)
-    return common / union if union else 0.0
-
-
-def cleaned(logits: Logits) -> Logits:
-    """Logits (G, G) with small holes filled and small islands cleared, by turning their sign.
-
-    A hole does not touch the border and is a single pixel, or has less than 1 % of the mask's area;
-    an island has less than 10 % of that of the largest piece.
-    """
-    from scipy import ndimage
-
-    result = logits.copy()
-    pieces, count = ndimage.label(result > 0, structure=np.ones((3, 3)))
-    if count > 1:
-        areas = np.bincount(pieces.ravel())[1:]
-        small = 1 + np.flatnonzero(areas < _ISLAND * areas.max())
-        result = np.where(np.isin(pieces, small), -np.abs(result), result)
-    gaps, count = ndimage.label(result <= 0)
-    edge = np.unique(np.concatenate([gaps[0], gaps[-1], gaps[:, 0], gaps[:, -1]]))
-    areas = np.bincount(gaps.ravel(), minlength=count + 1)
-    small = np.flatnonzero(areas < max(_HOLE * (result > 0).sum(), 2))
-    holes = np.setdiff1d(small, [0, *edge])
-    return np.where(np.isin(gaps, holes), np.maximum(np.abs(result), 1e-3), result)
-
-
-def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those with a mask, best first, less what repeats, or is a part of, a better one."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda one: -one.score):
-        mask = candidate.logits > 0
-        if mask.any() and not any(repeats(mask, other.logits > 0) for other in kept):
-            kept.append(candidate)
-    return kept
-
-
-def enlarged(logits: Logits, size: tuple[int, int]) -> Masks:
-    """The mask (H, W) that logits (G, G) of the squashed image give at its own size."""
-    grid = torch.from_numpy(logits)[None, None]
-    return (F.interpolate(grid, size=size, mode="bilinear")[0, 0] > 0).numpy()
-
-
-def repeats(a: Masks, b: Masks) -> bool:
-    """Whether two masks are of one object, or one is a part of the other."""
-    common = int((a & b).sum())
-    smaller, union = min(int(a.sum()), int(b.sum())), int((a | b).sum())
-    return common > _SAME * union or common > _INSIDE * smaller
-
-
-def _joined(predict: Callable[[slice], tuple[Logits, Logits]], count: int) -> tuple[Logits, Logits]:
-    """Logits (N, 4, G, G) and IoUs (N, 4) of `count` prompts, predicted in parts that fit."""
-    parts = run_in_parts(predict, count, size=_PROMPTS_AT_ONCE, what="prompts")
-    logits, ious = zip(*parts, strict=True)
-    return np.concatenate(logits), np.concatenate(ious)
-
-
-def _as_tensors(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
-    """Points (N, 2 + K, 2), labels (N, 2 + K) and mask logits (N, 1, G, G) of N prompts.
-
-    Each has K points; its box is two more, with labels 2 and 3.
+    The corners of a box are two more points, with labels 2 and 3.
     """
     points = np.stack([[*prompt.box.reshape(2, 2), *prompt.points] for prompt in prompts])
     labels = np.stack([[2, 3, *prompt.labels] for prompt in prompts])

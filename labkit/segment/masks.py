@@ -1,0 +1,188 @@
+"""Masks: choose the best of SAM-2's, clean it, suppress duplicates, upsample it, encode it.
+
+Masks are bool, (S, S) in SAM-2's low resolution, of the whole image squashed to a square, or (H, W)
+in that of the image. Logits (S, S) are positive inside a mask.
+
+Sources: Kirillov et al., Segment Anything, 2023 (stability); Lin et al., Microsoft COCO, 2014, as
+pycocotools implements it (run lengths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from labkit.runtime import InputError
+from labkit.segment.instances import Mask, label_components
+from labkit.segment.prompts import Prompt
+
+Logits = NDArray[np.float32]
+
+OVERLAP_THRESHOLD = 0.7
+"""IoU from which two masks are masks of one object."""
+
+_STABILITY_OFFSET = 1.0  # logits, as in Meta's automatic mask generator
+_CONTAINED = 0.9  # share of the smaller mask inside the larger from which it is a part of it
+_HOLE = 0.01  # share of a mask's area below which a hole is filled
+_ISLAND = 0.1  # share of the largest piece's area below which another is cleared
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidate:
+    """A mask that was chosen for one prompt.
+
+    Attributes:
+        logits: (S, S).
+        predicted_iou: SAM-2's own estimate of the mask's IoU, in [0, 1].
+        stability: how little the mask depends on its threshold, in [0, 1].
+        agreement: soft IoU of the mask with the heat of its instance, in [0, 1].
+    """
+
+    logits: Logits
+    predicted_iou: float
+    stability: float
+    agreement: float
+
+    @property
+    def score(self) -> float:
+        """Product of the three."""
+        return self.predicted_iou * self.stability * self.agreement
+
+
+class Rle(TypedDict):
+    """COCO's compressed run lengths of a mask: `size` is [H, W], `counts` is text."""
+
+    size: list[int]
+    counts: str
+
+
+def select_mask(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
+    """Select the best of M masks for a prompt: predicted IoU × stability × agreement; clean it.
+
+    Args:
+        prompt: what SAM-2 was told.
+        logits: (M, S, S).
+        ious: predicted IoUs (M,).
+    """
+    heat = (prompt.mask_logits + 10) / 20  # relative heat, see make_mask_logits
+    candidates = [
+        Candidate(
+            logits=mask,
+            predicted_iou=float(np.clip(iou, 0, 1)),
+            stability=measure_stability(mask),
+            agreement=measure_agreement(mask > 0, heat),
+        )
+        for mask, iou in zip(logits, ious, strict=True)
+    ]
+    best = max(candidates, key=lambda candidate: candidate.score)
+    return replace(best, logits=remove_small_regions(best.logits))
+
+
+def measure_stability(logits: Logits) -> float:
+    """IoU in [0, 1] of the masks at a threshold one logit higher and one lower; 0 for no mask."""
+    area = int((logits > -_STABILITY_OFFSET).sum())
+    return float((logits > _STABILITY_OFFSET).sum() / area) if area else 0.0
+
+
+def measure_agreement(mask: Mask, heat: Logits) -> float:
+    """Soft IoU in [0, 1] of a mask (S, S) with relative heat (S, S) in [0, 1].
+
+    Example:
+        >>> mask = np.array([[True, True, False]])
+        >>> measure_agreement(mask, np.array([[1.0, 0.5, 0.5]], dtype=np.float32))
+        0.6
+    """
+    intersection = float(heat[mask].sum())
+    union = float(mask.sum() + heat.sum() - intersection)
+    return intersection / union if union else 0.0
+
+
+def remove_small_regions(logits: Logits) -> Logits:
+    """Fill small holes and clear small islands of a mask (S, S), by turning the sign of its logits.
+
+    A hole does not touch the border and is a single pixel, or has less than 1 % of the mask's area;
+    an island has less than 10 % of that of the largest piece.
+    """
+    cleaned = logits.copy()
+    pieces, areas = label_components(cleaned > 0)
+    if len(areas) > 2:
+        islands = 1 + np.flatnonzero(areas[1:] < _ISLAND * areas[1:].max())
+        cleaned = np.where(np.isin(pieces, islands), -np.abs(cleaned), cleaned)
+    gaps, areas = label_components(cleaned <= 0, connectivity=4)
+    border = np.unique(np.concatenate([gaps[0], gaps[-1], gaps[:, 0], gaps[:, -1]]))
+    small = np.flatnonzero(areas < max(_HOLE * (cleaned > 0).sum(), 2))
+    holes = np.setdiff1d(small, [0, *border])
+    return np.where(np.isin(gaps, holes), np.maximum(np.abs(cleaned), 1e-3), cleaned)
+
+
+def mask_nms(
+    candidates: Sequence[Candidate], overlap_threshold: float = OVERLAP_THRESHOLD
+) -> list[Candidate]:
+    """Non-maximum suppression: drop empty masks, and masks that repeat, or are a part of, a better.
+
+    Returns the rest, the best score first.
+    """
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda candidate: -candidate.score):
+        mask = candidate.logits > 0
+        if mask.any() and not any(
+            is_duplicate(mask, other.logits > 0, overlap_threshold) for other in kept
+        ):
+            kept.append(candidate)
+    return kept
+
+
+def is_duplicate(a: Mask, b: Mask, overlap_threshold: float = OVERLAP_THRESHOLD) -> bool:
+    """Whether two masks are of one object, or one of them is a part of the other."""
+    intersection = int((a & b).sum())
+    smaller, union = min(int(a.sum()), int(b.sum())), int((a | b).sum())
+    return intersection > overlap_threshold * union or intersection > _CONTAINED * smaller
+
+
+def upsample_mask(logits: Logits, size: tuple[int, int]) -> Mask:
+    """The mask (H, W) that low-resolution logits (S, S) give at `size` (H, W), bilinearly."""
+    square = torch.from_numpy(logits)[None, None]
+    return (F.interpolate(square, size=size, mode="bilinear")[0, 0] > 0).numpy()
+
+
+def encode_mask(mask: Mask) -> Rle:
+    """The run lengths of a mask (H, W) bool.
+
+    Raises:
+        InputError: `mask` is no such array.
+
+    Example:
+        >>> encode_mask(np.ones((2, 3), dtype=bool))["size"]
+        [2, 3]
+    """
+    from pycocotools import mask as coco
+
+    if mask.dtype != bool or mask.ndim != 2:
+        raise InputError(f"mask must be bool (H, W), got {mask.dtype} {mask.shape}")
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
+
+
+def decode_mask(rle: Rle) -> Mask:
+    """The mask (H, W) bool of run lengths."""
+    from pycocotools import mask as coco
+
+    mask: Mask = coco.decode(_to_bytes(rle)).astype(bool)
+    return mask
+
+
+def measure_area(rle: Rle) -> int:
+    """The number of pixels of a mask, from its run lengths."""
+    from pycocotools import mask as coco
+
+    return int(coco.area(_to_bytes(rle)))
+
+
+def _to_bytes(rle: Rle) -> dict[str, Any]:
+    return {"size": rle["size"], "counts": rle["counts"].encode()}
