@@ -4,8 +4,8 @@ Random weights take as long as trained ones, but find nothing. So, where the num
 matters, CLIPSeg's maps are computed and then replaced by separate round spots; and for the memory,
 SAM-2's masks are computed and then replaced by the outlines of those spots, so that none repeats
 another: each is kept, drawn at the size of the image and encoded. The map of so many spots has
-twice CLIPSeg's side, since at its own they would run together. Memory is that of a process of its
-own on the CPU, which holds all weights before and does nothing else.
+twice CLIPSeg's image size, since at its own they would run together. Memory is that of a process
+of its own on the CPU, which holds all weights before and does nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from standins import SENTENCES, local_profile
 
 from labkit import TextSegmenter
 from labkit.runtime import measure_peak_memory, pick_device
-from labkit.segment.clipseg import ClipSeg, working_size
+from labkit.segment.clipseg import ClipSeg, fit_size
 from labkit.segment.prompts import Prompt
 from labkit.segment.sam2 import ImageFeatures, Sam2
 
@@ -45,23 +45,23 @@ class SpottedClipSeg(ClipSeg):
 
     objects = 2
 
-    def heat_maps(
+    def predict_heat(
         self,
         image: NDArray[np.uint8],
         sentences: Sequence[str],
         templates: Sequence[str] = ("{}",),
     ) -> NDArray[np.float32]:
-        """As `ClipSeg.heat_maps`."""
-        count, height, width = super().heat_maps(image, sentences, templates).shape
+        """As `ClipSeg.predict_heat`."""
+        count, height, width = super().predict_heat(image, sentences, templates).shape
         return np.stack([spots(self.objects, (height, width))] * count)
 
 
 class OutliningSam2(Sam2):
-    """Computes its masks, and answers each prompt with the outline of its own spot instead."""
+    """Computes its masks, and gives each prompt the outline of its own spot instead."""
 
     prompts = 0
 
-    def decode(
+    def predict(
         self, features: ImageFeatures, prompts: Sequence[Prompt]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """As `Sam2.decode`."""
@@ -96,15 +96,15 @@ def main() -> None:
 def speed(folder: Path, rounds: int) -> dict[str, object]:
     """Seconds and their ratios, and how often SAM-2 encodes an image for eight sentences."""
     profile, device = local_profile(folder), pick_device()
-    clipseg = ClipSeg.from_pin(profile.clipseg, device)
+    clipseg = ClipSeg.from_checkpoint(profile.clipseg, device)
     spotted = SpottedClipSeg(clipseg.model, clipseg.processor, device, clipseg.precision)
-    sam2 = Sam2.from_pin(profile.sam2_pin(None), device)
+    sam2 = Sam2.from_checkpoint(profile.get_sam2(), device)
     segmenter = TextSegmenter(spotted, sam2, presence=profile.presence, templates=profile.templates)
     photo = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), dtype=np.uint8)
     seconds = in_turn(
         {
-            "1": lambda: clipseg.heat_maps(photo, SENTENCES[:1], profile.templates),
-            "8": lambda: clipseg.heat_maps(photo, SENTENCES, profile.templates),
+            "1": lambda: clipseg.predict_heat(photo, SENTENCES[:1], profile.templates),
+            "8": lambda: clipseg.predict_heat(photo, SENTENCES, profile.templates),
             "naive_1": lambda: naive_maps(clipseg, photo, SENTENCES[:1], profile.templates),
             "naive_8": lambda: naive_maps(clipseg, photo, SENTENCES, profile.templates),
             "end_to_end": lambda: segmenter(photo, SENTENCES[:1], assume_present=True),
@@ -116,8 +116,8 @@ def speed(folder: Path, rounds: int) -> dict[str, object]:
     calls: list[None] = []
     sam2.model.image_encoder.register_forward_hook(lambda *_: calls.append(None))
     spotted.objects = 3
-    asked = segmenter(photo, SENTENCES, assume_present=True).answers
-    if any(len(answer.prompts) < spotted.objects for answer in asked):
+    found = segmenter(photo, SENTENCES, assume_present=True)
+    if any(len(result.prompts) < spotted.objects for result in found.sentences):
         raise RuntimeError("a sentence has too few prompts: the spots ran together")
     return {
         "ratio_8_to_1": statistics.median(ratios),
@@ -130,8 +130,8 @@ def speed(folder: Path, rounds: int) -> dict[str, object]:
         "ratio_naive_spread": summary(naive),
         "seconds_spread": {name: summary(values) for name, values in seconds.items()},
         "threads": torch.get_num_threads(),
-        "clipseg_side": clipseg.side,
-        "photo": f"{PHOTO[1]} x {PHOTO[0]}",
+        "clipseg_image_size": clipseg.image_size,
+        "image": f"{PHOTO[1]} x {PHOTO[0]}",
         "objects_end_to_end": SpottedClipSeg.objects,
         "objects_for_encoder_calls": spotted.objects * len(SENTENCES),
     }
@@ -167,11 +167,11 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 def peak_gib_of_many(folder: Path) -> float:
     """Peak memory in GiB above that of the weights, for `MANY` objects in a `LARGE` image."""
     profile = local_profile(folder)
-    clipseg = ClipSeg.from_pin(profile.clipseg, CPU)
-    sam2 = OutliningSam2.from_pin(profile.sam2_pin(None), CPU)
+    clipseg = ClipSeg.from_checkpoint(profile.clipseg, CPU)
+    sam2 = OutliningSam2.from_checkpoint(profile.get_sam2(), CPU)
     segmenter = TextSegmenter(clipseg, sam2, presence=profile.presence)
     image = np.random.default_rng(0).integers(0, 256, (*LARGE, 3), dtype=np.uint8)
-    maps = spots(MANY, working_size(LARGE, 2 * clipseg.side))[None]
+    maps = spots(MANY, fit_size(LARGE, 2 * clipseg.image_size))[None]
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # nothing that was freed while loading is left to reuse
@@ -181,7 +181,7 @@ def peak_gib_of_many(folder: Path) -> float:
             f"peak memory can only be measured on Linux with glibc: {error}"
         ) from error
     before = measure_peak_memory(CPU)
-    found = segmenter.refine(image, SENTENCES[:1], maps, assume_present=True)
+    found = segmenter.segment_maps(image, SENTENCES[:1], wanted=maps, assume_present=True)
     peak = measure_peak_memory(CPU)
     if not sam2.prompts == len(found.objects) == MANY:
         raise RuntimeError(f"{sam2.prompts} prompts and {len(found.objects)} masks, not {MANY}")

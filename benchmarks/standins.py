@@ -87,11 +87,11 @@ def write_clipseg(folder: Path, seed: int = 0) -> Path:
 
 def write_sam2(folder: Path, seed: int = 0) -> Path:
     """Write a twin of facebook/sam2.1-hiera-tiny into `folder`; return it."""
-    pin = get_profile("full").sam2_pin("tiny")
+    checkpoint = get_profile("full").get_sam2("tiny")
     folder.mkdir(parents=True)
-    shutil.copy(pin.config_file(), folder)
-    weights = random_weights(build_sam2(pin).state_dict(), seed)
-    torch.save({"model": weights}, folder / pin.filename)
+    shutil.copy(checkpoint.find_config(), folder)
+    weights = random_weights(build_sam2(checkpoint).state_dict(), seed)
+    torch.save({"model": weights}, folder / checkpoint.filename)
     return folder
 
 
@@ -103,7 +103,7 @@ def local_profile(folder: Path) -> Profile:
         write_clipseg(clipseg)
     if not sam2.is_dir():
         write_sam2(sam2)
-    tiny = dataclasses.replace(full.sam2_pin("tiny"), source=str(sam2), digest="")
+    tiny = dataclasses.replace(full.get_sam2("tiny"), source=str(sam2), digest="")
     return dataclasses.replace(
         full,
         clipseg=dataclasses.replace(full.clipseg, source=str(clipseg), digest=""),

@@ -121,7 +121,7 @@ def test_segment_writes_masks_overlay_and_report(
     assert "'zebra'  not found" in told and "demo" in told
     document = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert document["images"][0] == {"id": 1, "file_name": "0.png", "width": 128, "height": 128}
-    verdicts = {answer["prompt"]: answer["present"] for answer in document["answers"]}
+    verdicts = {result["sentence"]: result["present"] for result in document["sentences"]}
     assert not verdicts["zebra"]
     with Image.open(tmp_path / "out" / "overlay.png") as overlay:
         assert min(overlay.size) > 100

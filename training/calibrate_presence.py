@@ -3,8 +3,8 @@
     python training/calibrate_presence.py
 
 A logistic regression on the evidence of scenes that neither training nor evaluation has seen, with
-weights of the sign that each piece of evidence must have. The file also holds the digests of the
-weights, so run this after both trainings.
+weights that are not negative, since each piece of evidence speaks for the sentence. The file also
+holds the digests of the weights, so run this after both trainings.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from labkit.segment.pipeline import TextSegmenter
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets"
 FIRST = 1000  # the trainings watch themselves on the scenes before
 SHRINKAGE = 0.1
-NEUTRAL = {"strength": 1.0, "contrast": 0.0, "rivalry": 0.0, "agreement": 0.0, "constant": 0.0}
+NAMES = ("peak", "contrast", "contrastive_margin", "agreement", "constant")
 
 
-def evidence(segmenter: TextSegmenter, scenes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence (N, 4) for sentences, each with what the masks would be if it were there; truth."""
+def collect_evidence(segmenter: TextSegmenter, scenes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, 4) of the evidence for N sentences, presence assumed, and their truth (N,)."""
     rows, truth = [], []
     for number in tqdm(range(FIRST, FIRST + scenes), desc="scenes"):
         scene = make_object_scene(number, seed=CALIBRATION_SEED)
-        sentences = scene.questions(number)
+        sentences = scene.sample_sentences(number)
         found = segmenter(scene.image, sentences, assume_present=True)
-        rows += [answer.evidence.features() for answer in found.answers]
+        rows += [result.evidence.to_features() for result in found.sentences]
         truth += [sentence in scene.present for sentence in sentences]
     return np.array(rows), np.array(truth)
 
 
-def fitted(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Four weights and a constant (5,): the likeliest of the right signs, a little shrunk."""
+def fit_weights(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Fit four weights, none of them negative, and a constant (5,), by a ridge-penalised logit."""
     rows = np.column_stack([features, np.ones(len(features))])
     signs = 2.0 * truth - 1
 
@@ -53,7 +53,7 @@ def fitted(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
         slope[:4] += SHRINKAGE * weights[:4]
         return loss, slope
 
-    bounds = [(0, None), (0, None), (None, 0), (0, None), (None, None)]
+    bounds = [*[(0, None)] * 4, (None, None)]
     return minimize(cost, np.zeros(5), jac=True, bounds=bounds, method="L-BFGS-B").x
 
 
@@ -62,26 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=400)
     arguments = parser.parse_args()
-    about = {
+    digests = {
         "clipseg": f"sha256:{compute_checksum(ASSETS / 'clipseg-tiny' / 'model.safetensors')}",
         "sam2": f"sha256:{compute_checksum(ASSETS / 'sam2-tiny' / 'sam2.safetensors')}",
     }
-    write_json(ASSETS / "demo.json", {**about, "presence": NEUTRAL})
+    neutral = {name: float(name == "peak") for name in NAMES}
+    write_json(ASSETS / "demo.json", {**digests, "presence": neutral})
     segmenter = TextSegmenter.from_profile(get_profile("demo"))
-    features, truth = evidence(segmenter, arguments.scenes)
+    features, truth = collect_evidence(segmenter, arguments.scenes)
     half = len(truth) // 2
-    *weights, constant = fitted(features[:half], truth[:half])
+    *weights, constant = fit_weights(features[:half], truth[:half])
     chance = expit(features[half:] @ weights + constant)
-    names = ("strength", "contrast", "rivalry", "agreement", "constant")
-    final = fitted(features, truth).round(4).tolist()
-    presence = {**dict(zip(names, final, strict=True)), "cut": 0.5}
+    final = fit_weights(features, truth).round(4).tolist()
+    presence = {**dict(zip(NAMES, final, strict=True)), "threshold": 0.5}
     calibration = {
         "scenes": arguments.scenes,
         "sentences": len(truth),
         "second_half_auroc": round(auroc(truth[half:], chance), 4),
         "second_half_mcc": round(mcc(truth[half:], chance >= 0.5), 4),
     }
-    facts = {**about, "presence": presence, "calibration": calibration}
+    facts = {**digests, "presence": presence, "calibration": calibration}
     write_json(ASSETS / "demo.json", facts)
     print(facts)
 

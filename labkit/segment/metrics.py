@@ -1,7 +1,7 @@
 """What masks and presence scores are worth against the truth, on NumPy arrays.
 
 A mask is bool (H, W), a stack of masks bool (N, H, W) with N = 0 allowed; masks that are compared
-have the same H and W, both at least 1. `truth` and `said` are bool (N,), N at least 1. Arrays that
+have the same H and W, both at least 1. `truth` and `predicted` are bool (N,), N at least 1. Arrays that
 break this raise InputError.
 
 Sources: Cheng et al., Boundary IoU, 2021; Carion et al., SAM 3: Segment Anything with Concepts,
@@ -32,17 +32,15 @@ _PIXELS_AT_ONCE = 2**16
 
 
 def iou(a: Masks, b: Masks) -> float:
-    """Intersection over union of two masks; 1.0 if both are empty, 0.0 if one is."""
+    """Intersection over union of two masks (H, W); 1.0 if both are empty, 0.0 if one is.
+
+    Example:
+        >>> iou(np.array([[True, True, False]]), np.array([[False, True, True]]))
+        0.3333333333333333
+    """
     _check_masks(2, a=a, b=b)
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
-
-
-def dice(a: Masks, b: Masks) -> float:
-    """Twice the intersection over the sum of areas; 1.0 if both are empty, 0.0 if one is."""
-    _check_masks(2, a=a, b=b)
-    areas = np.count_nonzero(a) + np.count_nonzero(b)
-    return 2 * np.count_nonzero(a & b) / areas if areas else 1.0
 
 
 def pairwise_iou(a: Masks, b: Masks) -> NDArray[np.float64]:
@@ -114,16 +112,21 @@ def pair_counts(true: Masks, predicted: Masks) -> NDArray[np.int64]:
     return np.array([len(true), len(predicted), *hits], dtype=np.int64)
 
 
-def mcc(truth: ArrayLike, said: ArrayLike) -> float:
-    """Matthews correlation of truth and what was said, in [-1, 1].
+def mcc(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Matthews correlation of truth (N,) and prediction (N,), both bool, in [-1, 1].
 
-    It is 0.0 where undefined: only one class is there, or only one was ever said.
+    It is 0.0 where undefined: only one class is true, or only one was ever predicted.
+
+    Example:
+        >>> mcc([True, True, False, False], [True, False, False, False])
+        0.5773502691896258
     """
-    there, yes = _flags("truth", truth), _flags("said", said)
-    if there.shape != yes.shape:
-        raise InputError(f"truth and said differ in length: {len(there)} and {len(yes)}")
-    total, positives, claims = len(there), int(there.sum()), int(yes.sum())
-    hits = int((there & yes).sum())
+    is_true, is_predicted = _check_flags("truth", truth), _check_flags("predicted", predicted)
+    if is_true.shape != is_predicted.shape:
+        lengths = f"{len(is_true)} and {len(is_predicted)}"
+        raise InputError(f"truth and predicted differ in length: {lengths}")
+    total, positives, claims = len(is_true), int(is_true.sum()), int(is_predicted.sum())
+    hits = int((is_true & is_predicted).sum())
     margins = positives * (total - positives) * claims * (total - claims)
     return (total * hits - positives * claims) / math.sqrt(margins) if margins else 0.0
 
@@ -134,15 +137,15 @@ def auroc(truth: ArrayLike, score: ArrayLike) -> float:
     Raises:
         InputError: only one class is there, or `score` is not (N,) or has a NaN.
     """
-    there, scores = _flags("truth", truth), np.asarray(score, dtype=np.float64)
-    if scores.shape != there.shape or np.isnan(scores).any():
-        raise InputError(f"score must be {there.shape} without NaN, got {scores.shape}")
-    positives, negatives = int(there.sum()), int((~there).sum())
+    is_true, scores = _check_flags("truth", truth), np.asarray(score, dtype=np.float64)
+    if scores.shape != is_true.shape or np.isnan(scores).any():
+        raise InputError(f"score must be {is_true.shape} without NaN, got {scores.shape}")
+    positives, negatives = int(is_true.sum()), int((~is_true).sum())
     if not positives or not negatives:
         raise InputError(f"AUROC needs both classes, got {positives} true, {negatives} false")
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2  # of each distinct score, from 1
-    above = ranks[place][there].sum() - positives * (positives + 1) / 2
+    above = ranks[place][is_true].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
 
 
@@ -178,13 +181,13 @@ def cgf1(counts: ArrayLike) -> ConceptScores:
     true, predicted, hits = table[:, 0], table[:, 1], table[:, 2:]
     if (hits < 0).any() or (hits > np.minimum(true, predicted)[:, None]).any():
         raise InputError("counts must hold no more hits than objects; take rows of pair_counts")
-    there = true > 0
-    if there.all() or not there.any():
-        share = f"{np.count_nonzero(there)} of {len(there)} pairs have a true object"
+    has_objects = true > 0
+    if has_objects.all() or not has_objects.any():
+        share = f"{np.count_nonzero(has_objects)} of {len(has_objects)} pairs have a true object"
         raise InputError(f"cgF1 needs sentences that name something and some that don't: {share}")
-    objects = true[there].sum() + predicted[there].sum()
-    f1 = float((2 * hits[there].sum(axis=0) / objects).mean())
-    gate = mcc(there, predicted > 0)
+    objects = true[has_objects].sum() + predicted[has_objects].sum()
+    f1 = float((2 * hits[has_objects].sum(axis=0) / objects).mean())
+    gate = mcc(has_objects, predicted > 0)
     return ConceptScores(cgf1=100 * f1 * gate, positive_micro_f1=f1, presence_mcc=gate)
 
 
@@ -221,18 +224,18 @@ def bootstrap_interval(
         raise InputError("a bootstrap needs at least 2 values, or groups where given; add data")
     if not math.isfinite(statistic(rows)):
         raise InputError("statistic is not finite on values; look for NaN or infinity in them")
-    drawn = []
-    for resample in _resamples(rows, labels, n, seed):
+    values_drawn = []
+    for resample in _resample(rows, labels, n, seed):
         with contextlib.suppress(InputError):
-            drawn.append(float(statistic(resample)))
-    defined = [value for value in drawn if math.isfinite(value)]
+            values_drawn.append(float(statistic(resample)))
+    defined = [value for value in values_drawn if math.isfinite(value)]
     if 2 * len(defined) < n:
         raise InputError(f"statistic is undefined on {n - len(defined)} of {n} resamples; add data")
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _resamples(rows: Rows, groups: Rows, n: int, seed: int) -> Iterator[Rows]:
+def _resample(rows: Rows, groups: Rows, n: int, seed: int) -> Iterator[Rows]:
     """`n` draws, with replacement, of as many whole groups of rows as there are."""
     _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     rows = rows[np.argsort(place, kind="stable")]  # members of a group side by side
@@ -246,10 +249,12 @@ def _resamples(rows: Rows, groups: Rows, n: int, seed: int) -> Iterator[Rows]:
 
 
 def _inner_band(mask: Masks, width: int) -> Masks:
-    from scipy.ndimage import minimum_filter
+    import cv2
 
-    # `width` erosions by 3 × 3 are one by a square of this side.
-    core = minimum_filter(mask.view(np.uint8), size=2 * width + 1, mode="constant", cval=0)
+    # `width` erosions by 3 × 3 are one by a square of this size.
+    square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    pixels = np.ascontiguousarray(mask).view(np.uint8)
+    core = cv2.erode(pixels, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.logical_and(mask, core == 0)
 
 
@@ -273,7 +278,7 @@ def _check_masks(ndim: int, **masks: Masks) -> None:
         raise InputError(f"masks must be of one height and width, got {sizes}; resize one")
 
 
-def _flags(name: str, values: ArrayLike) -> NDArray[np.bool_]:
+def _check_flags(name: str, values: ArrayLike) -> NDArray[np.bool_]:
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype != np.bool_ or not array.size:
         raise InputError(f"{name} must be (N,) bools, N > 0, got {array.dtype} of {array.shape}")

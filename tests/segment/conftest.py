@@ -1,8 +1,9 @@
-"""A CLIPSeg and a SAM-2 of random weights, tiny, in a profile of their own."""
+"""A tiny CLIPSeg and SAM-2 of random weights in a profile, and a segmentation made by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from torch import nn
 
 import labkit
 from labkit.runtime import use_seed
-from labkit.segment.checkpoints import ClipSegPin, PresencePin, Profile, Sam2Pin
+from labkit.segment.checkpoints import Checkpoint, PresenceModel, Profile, Sam2Checkpoint
 from labkit.segment.clipseg import ClipSeg
+from labkit.segment.masks import encode_mask
+from labkit.segment.presence import Evidence
+from labkit.segment.results import Segmentation, SegmentedObject, SentenceResult
 from labkit.segment.sam2 import Sam2, build_sam2
 
-SIDE, LONGEST = 64, 24
+IMAGE_SIZE, LONGEST = 64, 24
 CONFIG = Path(labkit.__file__).parent / "assets" / "sam2-tiny" / "sam2.yaml"
 CPU = torch.device("cpu")
+SHAPE = (30, 50)
+SCORES = {"presence": 0.9, "grounding": 0.6, "predicted_iou": 0.8, "agreement": 0.7}
+BOXES = {"cat": [(2, 3, 12, 9), (40, 20, 50, 30)], "horse": [], "dog": [(0, 0, 1, 1)]}
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -47,7 +54,7 @@ def save_clipseg(folder: Path) -> None:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": LONGEST}
-    vision = {"image_size": SIDE, "patch_size": 8, "num_hidden_layers": 4}
+    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "num_hidden_layers": 4}
     model = CLIPSegForImageSegmentation(
         CLIPSegConfig(
             text_config=size | special | text,
@@ -62,7 +69,7 @@ def save_clipseg(folder: Path) -> None:
     )
     enliven(model)
     model.half().save_pretrained(folder)
-    square = {"height": SIDE, "width": SIDE}
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = ViTImageProcessor(
         size=square, resample=2, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
     )
@@ -82,18 +89,18 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("weights")
-    pin = Sam2Pin(source=str(folder), filename="sam2.safetensors", config=str(CONFIG))
+    checkpoint = Sam2Checkpoint(source=str(folder), filename="sam2.safetensors", config=str(CONFIG))
     with use_seed(0):
         save_clipseg(folder / "clipseg")
-        sam2 = build_sam2(pin)
+        sam2 = build_sam2(checkpoint)
         enliven(sam2)
-    save_file(sam2.state_dict(), folder / pin.filename)
+    save_file(sam2.state_dict(), folder / checkpoint.filename)
     return Profile(
-        clipseg=ClipSegPin(source=str(folder / "clipseg")),
-        sam2={"tiny": pin},
+        clipseg=Checkpoint(source=str(folder / "clipseg")),
+        sam2={"tiny": checkpoint},
         default_sam2="tiny",
-        presence=PresencePin(
-            strength=1.0, contrast=2.0, rivalry=-2.0, agreement=1.0, constant=-0.5
+        presence=PresenceModel(
+            peak=1.0, contrast=2.0, contrastive_margin=2.0, agreement=1.0, constant=-0.5
         ),
         templates=("{}", "a {}"),
         note="random weights",
@@ -102,12 +109,12 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 @pytest.fixture(scope="session")
 def clipseg(tiny_profile: Profile) -> ClipSeg:
-    return ClipSeg.from_pin(tiny_profile.clipseg, CPU)
+    return ClipSeg.from_checkpoint(tiny_profile.clipseg, CPU)
 
 
 @pytest.fixture(scope="session")
 def sam2(tiny_profile: Profile) -> Sam2:
-    return Sam2.from_pin(tiny_profile.sam2["tiny"], CPU)
+    return Sam2.from_checkpoint(tiny_profile.sam2["tiny"], CPU)
 
 
 @pytest.fixture
@@ -126,3 +133,44 @@ def calls_of() -> Any:
 
 
 CallsOf = Callable[[nn.Module], list[int]]
+
+
+def rectangle(left: int, top: int, right: int, bottom: int) -> NDArray[np.bool_]:
+    mask = np.zeros(SHAPE, dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def make_object(sentence: str, box: tuple[int, int, int, int]) -> SegmentedObject:
+    return SegmentedObject(sentence=sentence, rle=encode_mask(rectangle(*box)), box=box, **SCORES)
+
+
+def make_result(sentence: str, *boxes: tuple[int, int, int, int]) -> SentenceResult:
+    return SentenceResult(
+        sentence=sentence,
+        present=bool(boxes),
+        presence=0.9 if boxes else 0.1,
+        reason="" if boxes else "its highest probability is only 0.013",
+        evidence=Evidence(peak=0.5, contrast=0.4, contrastive_margin=0.0),
+        heat=np.zeros((12, 20), np.float32),
+        prompts=(),
+        objects=tuple(make_object(sentence, box) for box in boxes),
+        size=SHAPE,
+    )
+
+
+@pytest.fixture
+def segmentation() -> Segmentation:
+    """Two cats, no horse and a dog."""
+    return Segmentation(
+        image=noise(*SHAPE),
+        sentences=tuple(make_result(sentence, *boxes) for sentence, boxes in BOXES.items()),
+        note="random weights",
+        models={"SAM-2": "tiny (local)"},
+    )
+
+
+@pytest.fixture
+def empty_segmentation(segmentation: Segmentation) -> Segmentation:
+    """The same sentences, none of which was found."""
+    return replace(segmentation, sentences=tuple(make_result(sentence) for sentence in BOXES))

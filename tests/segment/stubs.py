@@ -1,4 +1,4 @@
-"""In the place of SAM-2: one that knows its objects, for the tests of division and of inquiry."""
+"""In the place of SAM-2: a stub that knows its objects, for the tests of `generate`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from labkit.segment.prompts import Prompt
 from tests.segment.heatmaps import Mask
 
-GRID = 48
+LOW_RES = 48
 PATCH = 3  # grain of the maps, in pixels
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Thing:
-    """What a click on `ground` is answered with; None: the mask itself."""
+class KnownObject:
+    """An object of the stub: a point on `ground` gives `mask`; None means the mask itself."""
 
     mask: Mask
     iou: float = 0.9
@@ -29,53 +29,55 @@ class Thing:
     def is_at(self, x: int, y: int) -> bool:
         return bool((self.mask if self.ground is None else self.ground)[y, x])
 
-    def answer(self) -> tuple[Floats, Floats]:
+    def predict(self) -> tuple[Floats, Floats]:
         """Four masks, the third its own: the others are sure but shaky, or steady but unlikely."""
         height, width = self.mask.shape
-        own = self.mask.repeat(GRID // height, axis=0).repeat(GRID // width, axis=1)
+        own = self.mask.repeat(LOW_RES // height, axis=0).repeat(LOW_RES // width, axis=1)
         everything = np.ones_like(own)
         signs = np.stack([everything, everything, own, everything]) * 2.0 - 1
         sizes, ious = [0.5, 5, self.size, 5], [1.0, 0.1, self.iou, 0.2]
         return (signs * np.reshape(sizes, (4, 1, 1))).astype(np.float32), np.float32(ious)
 
 
-class Knowing:
-    """A click yields the first of `things` around it, as does the first point of a prompt.
+class KnowingSam2:
+    """A point yields the first of `objects` around it, as does the first point of a prompt.
 
-    Other clicks yield nothing. With `script`, prompts are answered with these masks instead, with
-    one in each call. Its square has twice the pixels of its grid.
+    Other points yield nothing. With `script`, prompts yield these masks instead, one in each call.
+    Its square has twice the pixels of its low resolution. It keeps how often it encoded, how many
+    points it was given in each call, and which prompts.
     """
 
-    side, grid = 2 * GRID, GRID
+    image_size, low_res_size = 2 * LOW_RES, LOW_RES
 
-    def __init__(self, *things: Thing, script: Sequence[Mask] = ()) -> None:
-        self.things, self.script = things, list(script)
-        self.encoded, self.clicked, self.told = 0, list[int](), list[list[Prompt]]()
+    def __init__(self, *objects: KnownObject, script: Sequence[Mask] = ()) -> None:
+        self.objects, self.script = objects, list(script)
+        self.encode_calls = 0
+        self.point_calls, self.prompt_calls = list[int](), list[list[Prompt]]()
 
     def encode(self, _: object) -> object:
-        self.encoded += 1
+        self.encode_calls += 1
         return object()
 
-    def click(self, _: object, points: NDArray[np.float64]) -> tuple[Floats, Floats]:
-        self.clicked.append(len(points))
-        return _stacked([self._at(point) for point in points])
+    def predict_points(self, _: object, points: NDArray[np.float64]) -> tuple[Floats, Floats]:
+        self.point_calls.append(len(points))
+        return _stack([self._predict_at(point) for point in points])
 
-    def decode(self, _: object, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
-        self.told.append(list(prompts))
+    def predict(self, _: object, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
+        self.prompt_calls.append(list(prompts))
         if self.script:
-            thing = Thing(self.script[len(self.told) - 1])
-            return _stacked([thing.answer()] * len(prompts))
-        return _stacked([self._at(prompt.points[0]) for prompt in prompts])
+            scripted = KnownObject(self.script[len(self.prompt_calls) - 1])
+            return _stack([scripted.predict()] * len(prompts))
+        return _stack([self._predict_at(prompt.points[0]) for prompt in prompts])
 
-    def _at(self, point: NDArray[np.float64]) -> tuple[Floats, Floats]:
-        for thing in self.things:
-            height, width = thing.mask.shape
-            spot = (point + 0.5) / self.side * (width, height) - 0.5
+    def _predict_at(self, point: NDArray[np.float64]) -> tuple[Floats, Floats]:
+        for known in self.objects:
+            height, width = known.mask.shape
+            spot = (point + 0.5) / self.image_size * (width, height) - 0.5
             assert np.array_equal(spot, np.rint(spot)), "not the middle of a pixel of the map"
-            if thing.is_at(int(spot[0]), int(spot[1])):
-                return thing.answer()
-        return np.full((4, GRID, GRID), -5, np.float32), np.zeros(4, np.float32)
+            if known.is_at(int(spot[0]), int(spot[1])):
+                return known.predict()
+        return np.full((4, LOW_RES, LOW_RES), -5, np.float32), np.zeros(4, np.float32)
 
 
-def _stacked(answers: Sequence[tuple[Floats, Floats]]) -> Any:
-    return tuple(np.stack(part) for part in zip(*answers, strict=True))
+def _stack(predictions: Sequence[tuple[Floats, Floats]]) -> Any:
+    return tuple(np.stack(part) for part in zip(*predictions, strict=True))

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torchvision.transforms.functional import resize
 
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
-from labkit.segment import clipseg as ground
-from labkit.segment.checkpoints import ClipSegPin, Profile
-from labkit.segment.clipseg import ClipSeg, working_size
-from tests.segment.conftest import CPU, SIDE, CallsOf, noise
+from labkit.segment import clipseg as clipseg_module
+from labkit.segment.checkpoints import Checkpoint, Profile
+from labkit.segment.clipseg import ClipSeg, fit_size
+from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
 
@@ -39,10 +39,10 @@ def one_forward_each(
 
 
 def test_encoding_once_equals_one_forward_for_each_sentence(clipseg: ClipSeg) -> None:
-    image = noise(SIDE, SIDE)
-    maps = clipseg.heat_maps(image, SENTENCES)
+    image = noise(IMAGE_SIZE, IMAGE_SIZE)
+    maps = clipseg.predict_heat(image, SENTENCES)
     expected = one_forward_each(clipseg, image, SENTENCES).numpy()
-    assert maps.dtype == np.float32 and maps.shape == (4, SIDE, SIDE)
+    assert maps.dtype == np.float32 and maps.shape == (4, IMAGE_SIZE, IMAGE_SIZE)
     assert np.abs(maps - expected).max() <= 1e-4
     apart = np.abs(expected[:, None] - expected[None]).max(axis=(2, 3))
     assert apart[~np.eye(4, dtype=bool)].min() > 0.05  # else the comparison proves nothing
@@ -53,27 +53,27 @@ def test_encoding_once_equals_one_forward_in_other_proportions(
     clipseg: ClipSeg, shape: tuple[int, int]
 ) -> None:
     image = noise(*shape)
-    maps = clipseg.heat_maps(image, SENTENCES)
+    maps = clipseg.predict_heat(image, SENTENCES)
     square = one_forward_each(clipseg, image, SENTENCES)
     expected = resize(square, list(maps.shape[1:]), antialias=True).numpy()
     assert np.abs(maps - expected).max() <= 1e-4
 
 
 def test_one_forward_of_all_sentences_gives_the_same(clipseg: ClipSeg) -> None:
-    pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     inputs = clipseg.processor(text=SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
         together = clipseg.model(pixel_values=pixels.repeat(4, 1, 1, 1), **inputs).logits
         towers = clipseg.model.clip.vision_model(pixels, output_hidden_states=True).hidden_states
         layers = tuple(towers[index + 1] for index in clipseg.model.extract_layers)
-        maps = clipseg._decoded(layers, clipseg._conditions(SENTENCES, ["{}"]), (SIDE, SIDE))
+        maps = clipseg._decode(layers, clipseg._embed(SENTENCES, ["{}"]), (IMAGE_SIZE, IMAGE_SIZE))
     assert np.abs(maps - together.sigmoid().numpy()).max() <= 1e-4
 
 
 def test_image_is_encoded_once_for_many_sentences(
     clipseg: ClipSeg, calls_of: CallsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ground, "_SENTENCES_AT_ONCE", 3)
+    monkeypatch.setattr(clipseg_module, "_SENTENCES_AT_ONCE", 3)
     vision, text, decoder = (
         calls_of(module)
         for module in (
@@ -82,7 +82,7 @@ def test_image_is_encoded_once_for_many_sentences(
             clipseg.model.decoder,
         )
     )
-    clipseg.heat_maps(noise(20, 30), [f"thing {letter}" for letter in "abcdefghij"])
+    clipseg.predict_heat(noise(20, 30), [f"thing {letter}" for letter in "abcdefghij"])
     assert (len(vision), len(text), len(decoder)) == (1, 1, 4)
 
 
@@ -100,22 +100,22 @@ def test_image_is_encoded_once_for_many_sentences(
 def test_maps_keep_the_proportions_of_the_image(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert working_size(size, 64) == expected
+    assert fit_size(size, 64) == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 40), (40, 3), (5, 300)])
 def test_strange_shapes_of_images_work_in_silence(
     clipseg: ClipSeg, shape: tuple[int, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    maps = clipseg.heat_maps(noise(*shape), ["red circle"])
-    assert maps.shape == (1, *working_size(shape, SIDE))
+    maps = clipseg.predict_heat(noise(*shape), ["red circle"])
+    assert maps.shape == (1, *fit_size(shape, IMAGE_SIZE))
     assert (maps >= 0).all() and (maps <= 1).all()
     assert capfd.readouterr() == ("", "")
 
 
 def test_embeddings_are_averaged_over_templates(clipseg: ClipSeg) -> None:
-    image, templates = noise(SIDE, SIDE), ["{}", "a {}", "the {} there"]
-    maps = clipseg.heat_maps(image, ["cat", "dog"], templates)
+    image, templates = noise(IMAGE_SIZE, IMAGE_SIZE), ["{}", "a {}", "the {} there"]
+    maps = clipseg.predict_heat(image, ["cat", "dog"], templates)
     for index, thing in enumerate(["cat", "dog"]):
         texts = [template.format(thing) for template in templates]
         inputs = clipseg.processor(text=texts, padding=True, return_tensors="pt")
@@ -127,7 +127,7 @@ def test_embeddings_are_averaged_over_templates(clipseg: ClipSeg) -> None:
 
 
 def test_braces_in_a_sentence_are_text(clipseg: ClipSeg) -> None:
-    maps = clipseg.heat_maps(noise(9, 9), ["{} {x}", "x"], ["a {}"])
+    maps = clipseg.predict_heat(noise(9, 9), ["{} {x}", "x"], ["a {}"])
     assert len(maps) == 2
 
 
@@ -135,47 +135,47 @@ def test_order_and_company_of_sentences_change_nothing(
     clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = noise(40, 50)
-    maps = clipseg.heat_maps(image, SENTENCES)
-    monkeypatch.setattr(ground, "_SENTENCES_AT_ONCE", 2)
-    assert np.abs(clipseg.heat_maps(image, SENTENCES) - maps).max() <= 1e-5
-    assert np.abs(clipseg.heat_maps(image, SENTENCES[::-1])[::-1] - maps).max() <= 1e-5
-    assert np.abs(clipseg.heat_maps(image, SENTENCES[1:2]) - maps[1]).max() <= 1e-5
+    maps = clipseg.predict_heat(image, SENTENCES)
+    monkeypatch.setattr(clipseg_module, "_SENTENCES_AT_ONCE", 2)
+    assert np.abs(clipseg.predict_heat(image, SENTENCES) - maps).max() <= 1e-5
+    assert np.abs(clipseg.predict_heat(image, SENTENCES[::-1])[::-1] - maps).max() <= 1e-5
+    assert np.abs(clipseg.predict_heat(image, SENTENCES[1:2]) - maps[1]).max() <= 1e-5
 
 
-def test_sentences_that_do_not_fit_into_memory_are_decoded_in_smaller_parts(
+def test_sentences_that_do_not_fit_into_memory_are_decode_in_smaller_parts(
     clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image, whole = noise(20, 20), clipseg._decoded
-    maps = clipseg.heat_maps(image, SENTENCES)
+    image, whole = noise(20, 20), clipseg._decode
+    maps = clipseg.predict_heat(image, SENTENCES)
 
     def cramped(layers: Any, conditions: torch.Tensor, size: Any) -> NDArray[np.float32]:
         if len(conditions) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(layers, conditions, size)
 
-    monkeypatch.setattr(clipseg, "_decoded", cramped)
+    monkeypatch.setattr(clipseg, "_decode", cramped)
     room = 1
-    assert np.abs(clipseg.heat_maps(image, SENTENCES) - maps).max() <= 1e-5
+    assert np.abs(clipseg.predict_heat(image, SENTENCES) - maps).max() <= 1e-5
     room = 0
     with pytest.raises(OutOfMemoryError, match="sentences"):
-        clipseg.heat_maps(image, SENTENCES)
+        clipseg.predict_heat(image, SENTENCES)
 
 
 def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
     image = noise(9, 9)
     with pytest.raises(InputError, match="got none"):
-        clipseg.heat_maps(image, [])
+        clipseg.predict_heat(image, [])
     with pytest.raises(InputError, match="24 tokens, got 'cat cat"):
-        clipseg.heat_maps(image, ["dog", "cat " * 20])
+        clipseg.predict_heat(image, ["dog", "cat " * 20])
     with pytest.raises(InputError, match="24 tokens"):
-        clipseg.heat_maps(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
-    assert clipseg.heat_maps(image, ["abcdefghijklmnopqr"]).shape == (1, SIDE, SIDE)
+        clipseg.predict_heat(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
+    assert clipseg.predict_heat(image, ["abcdefghijklmnopqr"]).shape == (1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_weights_are_fp32_and_for_inference(clipseg: ClipSeg) -> None:
     assert {parameter.dtype for parameter in clipseg.model.parameters()} == {torch.float32}
     assert not clipseg.model.training
-    assert clipseg.side == SIDE and clipseg.precision.name == "fp32"
+    assert clipseg.image_size == IMAGE_SIZE and clipseg.precision.name == "fp32"
 
 
 @pytest.mark.parametrize("bars", [True, False])
@@ -199,8 +199,8 @@ def test_loading_and_inference_leave_global_state_as_found(
     (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
     try:
         before = state()
-        clipseg = ClipSeg.from_pin(tiny_profile.clipseg, CPU)
-        clipseg.heat_maps(noise(9, 9), ["cat"])
+        clipseg = ClipSeg.from_checkpoint(tiny_profile.clipseg, CPU)
+        clipseg.predict_heat(noise(9, 9), ["cat"])
         assert state() == before
     finally:
         (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
@@ -252,17 +252,17 @@ def test_files_of_no_whole_clipseg_are_refused_in_one_line(
     shutil.copytree(tiny_profile.clipseg.source, folder)
     damage(folder)
     with pytest.raises(SourceError, match=message) as info:
-        ClipSeg.from_pin(ClipSegPin(source=str(folder)), CPU)
+        ClipSeg.from_checkpoint(Checkpoint(source=str(folder)), CPU)
     assert "\n" not in str(info.value) and str(folder) in str(info.value)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="nowhere") as info:
-        ClipSeg.from_pin(ClipSegPin(source=str(tmp_path / "nowhere")), CPU)
+        ClipSeg.from_checkpoint(Checkpoint(source=str(tmp_path / "nowhere")), CPU)
     assert "\n" not in str(info.value)
 
 
 def test_weights_with_another_digest_are_refused(tiny_profile: Profile) -> None:
-    pin = ClipSegPin(source=tiny_profile.clipseg.source, digest="sha256:" + "0" * 64)
+    checkpoint = Checkpoint(source=tiny_profile.clipseg.source, digest="sha256:" + "0" * 64)
     with pytest.raises(SourceError, match="wrong checksum"):
-        ClipSeg.from_pin(pin, CPU)
+        ClipSeg.from_checkpoint(checkpoint, CPU)

@@ -13,10 +13,10 @@ import labkit
 from labkit.images import load_image
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 from labkit.runtime import InputError, SourceError
-from labkit.segment import checkpoints as weights
+from labkit.segment import checkpoints
 from labkit.segment.bench import measure_scenes
 from labkit.segment.checkpoints import get_profile
-from labkit.segment.examples import example
+from labkit.segment.examples import load_example
 from labkit.segment.metrics import iou
 from labkit.segment.pipeline import TextSegmenter
 
@@ -52,13 +52,13 @@ def test_weak_maps_give_the_same_masks_once_presence_is_assumed(figures: dict[st
 
 
 def test_a_true_sentence_is_outlined_and_a_false_one_is_absent(segmenter: TextSegmenter) -> None:
-    shown = example("demo")
-    found = segmenter(shown.image, [*shown.prompts, shown.absent])
-    for sentence in shown.prompts:
-        assert iou(shown.truth[sentence], found.mask_of(sentence)) > 0.7
-    nothing = found.answer(shown.absent)
-    assert not nothing.present and nothing.reason and nothing.prompts == ()
-    assert not found.mask_of(shown.absent).any()
+    example = load_example("demo")
+    found = segmenter(example.image, [*example.sentences, example.absent])
+    for sentence in example.sentences:
+        assert iou(example.truth[sentence], found[sentence].mask) > 0.7
+    absent = found[example.absent]
+    assert not absent.present and absent.reason and absent.prompts == ()
+    assert not found[example.absent].mask.any()
     assert "demo" in found.note
 
 
@@ -70,18 +70,18 @@ def test_words_of_another_world_find_nothing(segmenter: TextSegmenter, sentence:
 
 @pytest.mark.data
 def test_a_photograph_shows_none_of_the_shapes(segmenter: TextSegmenter, real_data: Path) -> None:
-    picture = load_image(real_data / "images" / "bus.jpg")
-    found = segmenter(picture, ["football player"])
+    photo = load_image(real_data / "images" / "bus.jpg")
+    found = segmenter(photo, ["football player"])
     assert found.masks.shape == (0, 1080, 810)
 
 
 def test_an_altered_weight_file_is_refused(tmp_path: Path) -> None:
     demo = get_profile("demo")
-    pin = demo.sam2_pin(None)
-    bytes_ = bytearray(pin.file().read_bytes())
+    checkpoint = demo.get_sam2()
+    bytes_ = bytearray(checkpoint.fetch().read_bytes())
     bytes_[-1] ^= 1
-    (tmp_path / pin.filename).write_bytes(bytes_)
-    altered = replace(demo, sam2={"demo": replace(pin, source=str(tmp_path))})
+    (tmp_path / checkpoint.filename).write_bytes(bytes_)
+    altered = replace(demo, sam2={"demo": replace(checkpoint, source=str(tmp_path))})
     with pytest.raises(SourceError, match="wrong checksum"):
         TextSegmenter.from_profile(altered, device="cpu")
 
@@ -90,12 +90,12 @@ def test_profiles_and_sizes_that_do_not_exist_are_named() -> None:
     with pytest.raises(InputError, match="'full' or 'demo'"):
         get_profile("dmeo")
     with pytest.raises(InputError, match="tiny, small, base-plus, large"):
-        get_profile("full").sam2_pin("huge")
+        get_profile("full").get_sam2("huge")
 
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = weights.find_spec
-    monkeypatch.setattr(weights, "find_spec", lambda n: None if n == "sam2" else there(n))
+    find_spec = checkpoints.find_spec
+    monkeypatch.setattr(checkpoints, "find_spec", lambda n: None if n == "sam2" else find_spec(n))
     with pytest.raises(SourceError, match=r"needs sam2: pip install .*--no-deps sam2"):
         TextSegmenter.from_profile("demo")
 

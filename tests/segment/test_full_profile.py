@@ -22,7 +22,7 @@ from benchmarks.standins import SENTENCES
 from labkit.files import has_digest
 from labkit.images import load_image
 from labkit.runtime import SourceError
-from labkit.segment.checkpoints import ClipSegPin, Profile, Sam2Pin, get_profile
+from labkit.segment.checkpoints import Checkpoint, Profile, get_profile
 from labkit.segment.pipeline import TextSegmenter
 from tests.conftest import hub_at
 from tests.loopback import Fault, LoopbackHub, LoopbackServer
@@ -70,24 +70,24 @@ def server() -> Iterator[LoopbackServer]:
 def profile(server: LoopbackServer, full_size: Path) -> Profile:
     """The full profile with the digests of the twins, which the server offers as the hub does."""
     full, hub = get_profile("full"), LoopbackHub(server)
-    tiny = full.sam2_pin("tiny")
+    tiny = full.get_sam2("tiny")
     return dataclasses.replace(
         full,
         clipseg=dataclasses.replace(
-            full.clipseg, digest=offered(hub, full.clipseg, full_size / "clipseg")
+            full.clipseg, digest=offer(hub, full.clipseg, full_size / "clipseg")
         ),
-        sam2={"tiny": dataclasses.replace(tiny, digest=offered(hub, tiny, full_size / "sam2"))},
+        sam2={"tiny": dataclasses.replace(tiny, digest=offer(hub, tiny, full_size / "sam2"))},
         default_sam2="tiny",
     )
 
 
-def offered(hub: LoopbackHub, pin: ClipSegPin | Sam2Pin, folder: Path) -> str:
+def offer(hub: LoopbackHub, checkpoint: Checkpoint, folder: Path) -> str:
     """The digest of the largest file, after all of `folder` were put on the hub."""
     files = sorted(folder.iterdir(), key=lambda file: file.stat().st_size)
     for path in files:
         with path.open("rb") as file:
             body = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        served = hub.add(pin.source, path.name, body, revision=pin.revision)
+        served = hub.add(checkpoint.source, path.name, body, revision=checkpoint.revision)
     return "sha256:" + hub.server.files[served].headers["ETag"].strip('"')
 
 
@@ -126,16 +126,16 @@ def empty(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "empty", ignore_errors=True)
 
 
-def weights(pin: ClipSegPin | Sam2Pin) -> Path:
+def fetch(checkpoint: Checkpoint) -> Path:
     """The file with the weights, downloaded and checked if need be."""
-    return pin.folder() / "model.safetensors" if isinstance(pin, ClipSegPin) else pin.file()
+    return checkpoint.fetch()
 
 
-def pins(profile: Profile) -> dict[str, ClipSegPin | Sam2Pin]:
-    return {"clipseg": profile.clipseg, "sam2": profile.sam2_pin("tiny")}
+def checkpoints_of(profile: Profile) -> dict[str, Checkpoint]:
+    return {"clipseg": profile.clipseg, "sam2": profile.get_sam2("tiny")}
 
 
-def altered(path: Path) -> None:
+def alter(path: Path) -> None:
     """Give `path` another byte in its middle, but not to who has the old file in memory."""
     copy = path.with_name("altered")
     shutil.copyfile(path, copy)
@@ -169,7 +169,7 @@ def test_weights_are_downloaded_once(
         "CLIPSeg": "CIDAS/clipseg-rd64-refined at 999e0328d9e1",
         "SAM-2": "facebook/sam2.1-hiera-tiny at main",
     }
-    names = ("model.safetensors", profile.sam2_pin("tiny").filename)
+    names = ("model.safetensors", profile.get_sam2("tiny").filename)
     large = [request.path for request in server.seen() if request.path.endswith(names)]
     assert len(large) == len(set(large)) == 2
 
@@ -181,7 +181,7 @@ def test_photograph_is_encoded_once_for_several_sentences_and_masks_have_its_siz
     with calls_of(seen) as by_clipseg, calls_of(encoded) as by_sam2:
         found = segmenter(photo, SENTENCES[:3], assume_present=True)
     assert len(by_clipseg) == len(by_sam2) == 1
-    assert all(answer.prompts for answer in found.answers)
+    assert all(result.prompts for result in found.sentences)
     assert found.objects
     assert found.masks.shape[1:] == (720, 1280)
 
@@ -198,35 +198,35 @@ def test_cache_is_enough_when_the_network_is_gone(
     with hub_at(gone, cache):
         alone = TextSegmenter.from_profile(profile, device="cpu")
     found = alone(photo, ["football player"])
-    assert found.answers[0].present == bool(found.objects)
-    heat = segmenter.clipseg.heat_maps(photo, ["football player"], segmenter.templates)
-    np.testing.assert_array_equal(found.answers[0].heat, heat[0])
+    assert found.sentences[0].present == bool(found.objects)
+    heat = segmenter.clipseg.predict_heat(photo, ["football player"], segmenter.templates)
+    np.testing.assert_array_equal(found.sentences[0].heat, heat[0])
 
 
 @pytest.mark.parametrize("name", ["clipseg", "sam2"])
 def test_weights_altered_in_the_cache_are_refused_removed_and_fetched_anew(
     name: str, segmenter: TextSegmenter, server: LoopbackServer, profile: Profile, cache: Path
 ) -> None:
-    pin = pins(profile)[name]
+    checkpoint = checkpoints_of(profile)[name]
     with hub_at(server, cache, PATIENCE):
-        file = weights(pin)
-        altered(file.resolve())
+        file = fetch(checkpoint)
+        alter(file.resolve())
         with pytest.raises(SourceError, match=r"(?s)wrong checksum.*run again to download"):
             TextSegmenter.from_profile(profile, device="cpu")
         assert not file.exists() and not file.is_symlink()
-        assert has_digest(weights(pin), pin.digest)
+        assert has_digest(fetch(checkpoint), checkpoint.digest)
 
 
 def test_weights_altered_on_the_way_are_refused_removed_and_fetched_anew(
     server: LoopbackServer, profile: Profile, empty: Path
 ) -> None:
-    pin = profile.sam2_pin("tiny")
-    server.fail(f"/{SAM2}/resolve/main/{pin.filename}", Fault.WRONG_BYTES)
+    checkpoint = profile.get_sam2("tiny")
+    server.fail(f"/{SAM2}/resolve/main/{checkpoint.filename}", Fault.WRONG_BYTES)
     with hub_at(server, empty, PATIENCE):
         with pytest.raises(SourceError, match=r"(?s)wrong checksum.*run again to download"):
-            pin.file()
-        assert not [path for path in empty.rglob("*") if path.name == pin.filename]
-        assert has_digest(pin.file(), pin.digest)
+            checkpoint.fetch()
+        assert not [path for path in empty.rglob("*") if path.name == checkpoint.filename]
+        assert has_digest(checkpoint.fetch(), checkpoint.digest)
 
 
 @pytest.mark.parametrize("name", ["clipseg", "sam2"])
@@ -234,8 +234,8 @@ def test_network_that_is_gone_names_both_remedies_when_nothing_is_cached(
     name: str, gone: LoopbackServer, profile: Profile, empty: Path, no_waiting: list[float]
 ) -> None:
     with hub_at(gone, empty), pytest.raises(SourceError, match=REMEDIES) as caught:
-        weights(pins(profile)[name])
-    assert pins(profile)[name].source in str(caught.value)
+        fetch(checkpoints_of(profile)[name])
+    assert checkpoints_of(profile)[name].source in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["clipseg", "sam2"])
@@ -248,7 +248,7 @@ def test_hub_that_is_down_names_both_remedies_when_nothing_is_cached(
 ) -> None:
     down(loopback, profile)
     with hub_at(loopback, empty), pytest.raises(SourceError, match=REMEDIES) as caught:
-        weights(pins(profile)[name])
+        fetch(checkpoints_of(profile)[name])
     assert "503" in str(caught.value)
 
 
@@ -261,17 +261,17 @@ def test_cache_is_enough_when_the_hub_is_down(
 ) -> None:
     down(loopback, profile)
     with hub_at(loopback, cache):
-        for pin in pins(profile).values():
-            assert has_digest(weights(pin), pin.digest)
+        for checkpoint in checkpoints_of(profile).values():
+            assert has_digest(fetch(checkpoint), checkpoint.digest)
 
 
 def down(server: LoopbackServer, profile: Profile) -> None:
     """Let `server` answer 503 to whatever is asked about the repositories."""
-    pin, busy = profile.clipseg, [Fault.UNAVAILABLE] * 100
+    checkpoint, busy = profile.clipseg, [Fault.UNAVAILABLE] * 100
     for kind in ("revision", "tree"):
-        server.fail(f"/api/models/{CLIPSEG}/{kind}/{pin.revision}", *busy)
-    server.fail(f"/{CLIPSEG}/resolve/{pin.revision}/model.safetensors", *busy, method="HEAD")
-    file = profile.sam2_pin("tiny").filename
+        server.fail(f"/api/models/{CLIPSEG}/{kind}/{checkpoint.revision}", *busy)
+    server.fail(f"/{CLIPSEG}/resolve/{checkpoint.revision}/model.safetensors", *busy, method="HEAD")
+    file = profile.get_sam2("tiny").filename
     server.fail(f"/{SAM2}/resolve/main/{file}", *busy, method="HEAD")
 
 
@@ -279,7 +279,7 @@ def test_maps_equal_a_forward_pass_for_each_sentence(
     segmenter: TextSegmenter, photo: NDArray[np.uint8]
 ) -> None:
     square = np.ascontiguousarray(photo[:, 280:1000])
-    maps = segmenter.clipseg.heat_maps(square, SENTENCES[:2], segmenter.templates)
+    maps = segmenter.clipseg.predict_heat(square, SENTENCES[:2], segmenter.templates)
     model, processor = segmenter.clipseg.model, segmenter.clipseg.processor
     (template,) = segmenter.templates
     for sentence, heat in zip(SENTENCES, maps, strict=False):

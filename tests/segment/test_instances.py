@@ -10,18 +10,18 @@ from tests.segment.heatmaps import SIDE, TWO, WHOLE, disc, plane, soft
 
 
 def test_relative_heat_has_peak_one_and_zeros_stay() -> None:
-    shares = instances.relative([[0.0, 0.0065], [0.013, 0.00325]])
+    shares = instances.scale_to_peak([[0.0, 0.0065], [0.013, 0.00325]])
     assert shares.dtype == np.float32
     assert shares.tolist() == [[0.0, 0.5], [1.0, 0.25]]
-    assert not instances.relative(np.zeros((2, 3))).any()
-    assert np.array_equal(instances.relative(shares), shares)
+    assert not instances.scale_to_peak(np.zeros((2, 3))).any()
+    assert np.array_equal(instances.scale_to_peak(shares), shares)
 
 
 @pytest.mark.parametrize(
     "heat", [[[np.nan, 1.0]], [[np.inf, 1.0]], [[-0.1, 1.0]], [1.0, 0.5], np.zeros((0, 4))]
 )
 def test_unusable_heat_is_refused(heat: object) -> None:
-    for call in (instances.relative, instances.find_instances):
+    for call in (instances.scale_to_peak, instances.find_instances):
         with pytest.raises(InputError, match="heat must be"):
             call(heat)  # type: ignore[operator]
 
@@ -33,8 +33,8 @@ def test_zero_map_has_no_instance() -> None:
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("sigma", [0.0, 2.0])
 def test_one_object_is_never_taken_apart(name: str, sigma: float) -> None:
-    (found,) = instances.find_instances(soft(WHOLE[name](), sigma))
-    assert not (found.region & ~found.zone).any()
+    (instance,) = instances.find_instances(soft(WHOLE[name](), sigma))
+    assert not (instance.region & ~instance.zone).any()
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -42,7 +42,7 @@ def test_one_object_is_never_taken_apart(name: str, sigma: float) -> None:
 def test_two_discs_are_two_touching_or_not(name: str, sigma: float) -> None:
     heat = soft(TWO[name], sigma)
     first, second = instances.find_instances(heat)
-    assert first.strength >= second.strength
+    assert first.total_heat >= second.total_heat
     assert not (first.zone & second.zone).any()
     if sigma == 0:
         assert np.array_equal(first.region | second.region, TWO[name])
@@ -63,11 +63,11 @@ def test_regions_are_scipys_components_where_nothing_touches() -> None:
     labels, count = ndimage.label(heat > 0, np.ones((3, 3)))
     found = instances.find_instances(heat, min_area=0, saddle=0.01)
     assert len(found) == count > 3
-    for one in found:
-        number = labels[one.peak_xy[::-1]]
-        assert np.array_equal(one.region, labels == number)
+    for instance in found:
+        number = labels[instance.peak_xy[::-1]]
+        assert np.array_equal(instance.region, labels == number)
     sizes = ndimage.sum_labels(heat > 0, labels, range(1, count + 1))
-    assert [one.strength for one in found] == sorted(sizes, reverse=True)
+    assert [instance.total_heat for instance in found] == sorted(sizes, reverse=True)
 
 
 def test_each_object_is_outlined_at_half_its_own_peak() -> None:
@@ -94,7 +94,7 @@ def test_equal_objects_come_in_reading_order() -> None:
     corners = [(2, 2), (20, 2), (2, 20), (20, 20)]
     for x, y in corners:
         heat[y : y + 5, x : x + 5] = 0.2
-    assert [one.peak_xy for one in instances.find_instances(heat)] == corners
+    assert [instance.peak_xy for instance in instances.find_instances(heat)] == corners
 
 
 def test_arguments_that_make_no_sense_are_named() -> None:
@@ -104,3 +104,22 @@ def test_arguments_that_make_no_sense_are_named() -> None:
             instances.find_instances(heat, **{name: 1.0})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_instances"):
         instances.find_instances(heat, max_instances=0)
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (70, 50)])
+def test_components_are_those_of_scipy(shape: tuple[int, int], connectivity: int) -> None:
+    mask = np.random.default_rng(0).random(shape) > 0.6
+    labels, areas = instances.label_components(mask, connectivity=connectivity)
+    structure = np.ones((3, 3)) if connectivity == 8 else None
+    reference, count = ndimage.label(mask, structure)
+    assert len(areas) == count + 1 and np.array_equal(areas, np.bincount(labels.ravel()))
+    pairs = set(zip(labels.ravel().tolist(), reference.ravel().tolist(), strict=True))
+    assert len(pairs) == len(np.unique(labels)) == len(np.unique(reference))
+    assert np.array_equal(labels > 0, mask)
+
+
+def test_depth_is_scipys_exact_distance_from_the_edge_of_mask_and_map() -> None:
+    mask = soft(np.random.default_rng(1).random((90, 70)) > 0.5, 3) > 0.5
+    reference = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    assert np.array_equal(instances.measure_depth(mask), reference)
