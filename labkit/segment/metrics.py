@@ -1,8 +1,8 @@
 """What masks and presence scores are worth against the truth, on NumPy arrays.
 
 A mask is bool (H, W), a stack of masks bool (N, H, W) with N = 0 allowed; masks that are compared
-have the same H and W, both at least 1. `truth` and `predicted` are bool (N,), N at least 1. Arrays that
-break this raise InputError.
+have the same H and W, both at least 1. `truth` and `predicted` are bool (N,), N at least 1. Arrays
+that break this raise InputError.
 
 Sources: Cheng et al., Boundary IoU, 2021; Carion et al., SAM 3: Segment Anything with Concepts,
 2025, and its sam3/eval/cgf1_eval.py; Field and Welsh, Bootstrapping Clustered Data, 2007.
