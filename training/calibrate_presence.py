@@ -34,7 +34,7 @@ def evidence(segmenter: TextSegmenter, scenes: int) -> tuple[np.ndarray, np.ndar
     rows, truth = [], []
     for number in tqdm(range(FIRST, FIRST + scenes), desc="scenes"):
         scene = make_object_scene(number, seed=CALIBRATION_SEED)
-        sentences = scene.questions(number)
+        sentences = scene.sample_sentences(number)
         found = segmenter(scene.image, sentences, assume_present=True)
         rows += [answer.evidence.features() for answer in found.answers]
         truth += [sentence in scene.present for sentence in sentences]

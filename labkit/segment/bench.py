@@ -87,7 +87,7 @@ def measure_scenes(
 def scene_rows(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]:
     """A row for each sentence asked of scene `number`."""
     scene = make_object_scene(number, seed=seed)
-    sentences = scene.questions(number)
+    sentences = scene.sample_sentences(number)
     maps = segmenter.clipseg.heat_maps(scene.image, sentences, segmenter.templates)
     weak = maps * (WEAK_PEAK / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12))
     true = [index for index, sentence in enumerate(sentences) if sentence in scene.present]
@@ -110,7 +110,7 @@ def _row(
     assumed: Segmentation,
     weakened: Segmentation,
 ) -> Row:
-    truth = scene.named(sentence)
+    truth = scene.masks_of(sentence)
     whole = truth.any(axis=0)
     there = len(truth) > 0
     answer = gated.answer(sentence)

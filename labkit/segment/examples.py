@@ -56,7 +56,7 @@ def example(profile: str) -> Example:
         image=scene.image,
         prompts=_told_apart(scene.present),
         absent="football player",
-        truth={sentence: scene.named(sentence).any(axis=0) for sentence in scene.present},
+        truth={sentence: scene.masks_of(sentence).any(axis=0) for sentence in scene.present},
     )
 
 
