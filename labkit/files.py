@@ -261,11 +261,12 @@ def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
     import pooch
     import requests
 
-    def check_answer(response: requests.Response, **_: object) -> None:
-        """Refuse at once what another try would not mend; pooch retries the rest."""
-        answers.callback(response.close)
-        target = urljoin(response.url, response.headers.get("Location", ""))
+    def check_response(response: requests.Response, **_: object) -> None:
+        """Refuse at once a response that another try would not change; pooch retries the rest."""
+        responses.callback(response.close)
+        response.raw.headers.pop("Content-Encoding", None)  # the checksum is that of the raw bytes
         if response.is_redirect:
+            target = urljoin(response.url, response.headers["Location"])
             if not (target.startswith("https://") or (_is_loopback(url) and _is_loopback(target))):
                 raise SourceError(f"{failed}: it leads to {as_one_line(target)}, not to https")
         elif 400 <= response.status_code < 500 and response.status_code not in (408, 429):
@@ -276,13 +277,13 @@ def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
                 "Is there a sign-in page or a proxy between this machine and the network?"
             )
 
-    failed, answers = f"could not download {url}", contextlib.ExitStack()
+    failed, responses = f"could not download {url}", contextlib.ExitStack()
     downloader = pooch.HTTPDownloader(
         progressbar=True,
         chunk_size=CHUNK,
         timeout=timeout,
         headers={"Accept-Encoding": "identity"},
-        hooks={"response": check_answer},
+        hooks={"response": check_response},
     )
     files = pooch.create(
         path.parent,
@@ -292,27 +293,31 @@ def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
         retry_if_failed=RETRIES,
     )
     try:
-        with answers:  # pooch leaves open those that broke off
+        with responses:  # pooch does not close a response that broke off
             files.fetch(path.name, downloader=downloader)
-        path.chmod(0o644)  # pooch lets nobody but its owner read it
+        with contextlib.suppress(OSError):
+            path.chmod(0o644)  # pooch lets only the owner read it
     except SourceError:
         raise
     except requests.HTTPError as error:
         raise SourceError(f"{failed}: the server answered {error.response.status_code}") from error
     except requests.RequestException as error:
         reason = getattr(error.args[0] if error.args else error, "reason", error)
-        cause = f"no connection, or it broke off ({reason})"
+        text = str(reason).rpartition(">: ")[2]  # without the name of an object of urllib3
+        cause = f"no connection, or it broke off ({text})"
         if isinstance(error, requests.Timeout) or "timed out" in str(error):
             cause = f"no answer within {timeout:g} s"
         raise SourceError(f"{failed}: {cause}") from error
     except OSError as error:
         raise _unwritable(path, error) from error
     except ValueError as error:
+        if "hash" not in str(error):  # an address that cannot be parsed
+            raise SourceError(f"{failed}: {as_one_line(error)}") from error
         raise SourceError(f"{url} arrived with a wrong checksum (expected {digest})") from error
 
 
 def _is_loopback(url: str) -> bool:
-    """Whether `url` is a web address on this machine itself."""
+    """Return whether `url` is a web address on this machine itself."""
     parts = urlsplit(url)
     try:
         loopback = ipaddress.ip_address(parts.hostname or "").is_loopback

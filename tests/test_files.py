@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
 import stat
@@ -226,7 +227,7 @@ def test_missing_file_is_not_retried(loopback: LoopbackServer, tmp_path: Path) -
 def test_nobody_listening_is_named(tmp_path: Path, no_waiting: list[float]) -> None:
     with LoopbackServer() as server:
         url = server.url
-    with pytest.raises(SourceError, match=r"no connection.*Connection refused"):
+    with pytest.raises(SourceError, match=r"no connection, or it broke off \(Failed to .*refused"):
         fetch(url + "/data.bin", tmp_path / "data.bin")
 
 
@@ -256,6 +257,21 @@ def test_redirect_to_plain_http_is_refused(loopback: LoopbackServer, tmp_path: P
     with pytest.raises(SourceError, match=r"http://example\.com"):
         fetch(url, tmp_path / "data.bin")
     assert len(loopback.requests) == 1
+
+
+def test_redirect_that_makes_no_sense_is_named(
+    loopback: LoopbackServer, tmp_path: Path, no_waiting: list[float]
+) -> None:
+    url = loopback.add("/data.bin", b"", redirect="https://[half")
+    with pytest.raises(SourceError, match=r"could not download .*Invalid IPv6 URL"):
+        fetch(url, tmp_path / "data.bin")
+
+
+def test_compressed_file_stays_compressed(loopback: LoopbackServer, tmp_path: Path) -> None:
+    body = gzip.compress(BODY)
+    digest = "sha256:" + hashlib.sha256(body).hexdigest()
+    url = loopback.add("/data.gz", body, headers={"Content-Encoding": "x-gzip"})
+    assert fetch(url, tmp_path / "data.gz", digest=digest).read_bytes() == body
 
 
 def test_redirect_within_the_server_is_followed(loopback: LoopbackServer, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def drawn_arrays(figure: Figure) -> list[NDArray[Any]]:
+def get_arrays(figure: Figure) -> list[NDArray[Any]]:
     return [np.asarray(image.get_array()) for image in figure.axes[0].get_images()]
 
 
@@ -115,7 +115,7 @@ def test_figures_need_no_pyplot_and_neither_heed_nor_change_settings(
 def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
     given = images(5)
     figure = viz.plot_images(given, list("abcde"), columns=3)
-    np.testing.assert_array_equal(np.stack(drawn_arrays(figure)), given)
+    np.testing.assert_array_equal(np.stack(get_arrays(figure)), given)
     drawn = figure.axes[0].get_images()
     assert {image.get_interpolation() for image in drawn} == {"nearest"}
     left = [image.get_extent()[0] for image in drawn]
@@ -157,7 +157,7 @@ def test_curves_have_markers_only_for_few_epochs() -> None:
 
 def test_confusion_is_coloured_by_row_share_and_counted_up_to_twenty_classes() -> None:
     figure = viz.plot_confusion_matrix([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
-    np.testing.assert_allclose(drawn_arrays(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
+    np.testing.assert_allclose(get_arrays(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
     assert [t.get_text() for t in figure.axes[0].texts] == list("310000055")
     many = viz.plot_confusion_matrix(np.eye(21, dtype=int), [str(n) for n in range(21)])
     assert not many.axes[0].texts
@@ -184,7 +184,7 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
     heat = np.zeros((1, 4, 4))
     heat[0, 1, 2] = 1.0
     grey = np.full((1, 8, 8, 3), 128, dtype=np.uint8)
-    (tile,) = drawn_arrays(viz.plot_attention(grey, heat))
+    (tile,) = get_arrays(viz.plot_attention(grey, heat))
     size = tile.shape[1]
     assert (tile[:size] == 128).all()
     overlay = tile[-size:].astype(int).sum(axis=2)
@@ -196,7 +196,7 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
 def test_augmented_variants_stand_right_of_their_original() -> None:
     original, variants = images(2), images(6).reshape(2, 3, 8, 8, 3)
     figure = viz.plot_augmentations(original, variants)
-    rows = np.stack(drawn_arrays(figure)).reshape(2, 4, 8, 8, 3)
+    rows = np.stack(get_arrays(figure)).reshape(2, 4, 8, 8, 3)
     np.testing.assert_array_equal(rows[:, 0], original)
     np.testing.assert_array_equal(rows[:, 1:], variants)
     extents = [image.get_extent() for image in figure.axes[0].get_images()]
