@@ -1,7 +1,8 @@
-"""What procedural pictures are drawn with: shapes and textures.
+"""Shapes and textures for the procedural images.
 
-Shapes are signed distance functions: negative inside, in units of the shape's radius, y upwards.
-They are evaluated for a whole batch at once and turned into anti-aliased coverage.
+A shape is a signed distance function of x and y in units of the shape's radius, y upwards; it is
+negative inside. It takes a whole batch at once, and `compute_coverage` turns its distances into
+smooth edges.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Images = npt.NDArray[np.uint8]
 
 
 def norm(x: Floats, y: Floats) -> Floats:
-    """Distance from the origin."""
+    """Return the distance of each point from the origin."""
     distance: Floats = np.sqrt(x * x + y * y)
     return distance
 
@@ -46,7 +47,7 @@ def _cross(x: Floats, y: Floats) -> Floats:
 
 
 def _star(x: Floats, y: Floats) -> Floats:
-    """Five points: mirrored at its axes into half a point, which has one straight edge."""
+    """Five points: mirrors fold the plane onto half a point, which has one straight edge."""
     x = np.abs(x)
     for degrees in (-18, 54):
         cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -56,7 +57,7 @@ def _star(x: Floats, y: Floats) -> Floats:
 
 
 def _heart(x: Floats, y: Floats) -> Floats:
-    """Two lobes, and a corner at the foot whose sides touch them."""
+    """Two lobes and the corner below them, whose sides touch the lobes."""
     x = np.abs(x)
     lobe = norm(x - 0.47, y - 0.35) - 0.55
     corner = np.maximum(x - y - 0.9, x + y - 0.82) * math.sqrt(0.5)
@@ -68,16 +69,16 @@ def _moon(x: Floats, y: Floats) -> Floats:
 
 
 def _stripes(x: Floats, y: Floats) -> Floats:
-    return np.maximum(bars(x), norm(x, y) - 1)
+    return np.maximum(_bars(x), norm(x, y) - 1)
 
 
 def _checkerboard(x: Floats, y: Floats) -> Floats:
-    across, along = bars(x), bars(y)
+    across, along = _bars(x), _bars(y)
     fields = np.minimum(np.maximum(across, along), np.maximum(-across, -along))
     return np.maximum(fields, norm(x, y) - 1)
 
 
-def bars(x: Floats) -> Floats:
+def _bars(x: Floats) -> Floats:
     """Bars of width 0.4 with gaps as wide, one of them centred on 0."""
     distance: Floats = np.abs(x - 0.8 * np.rint(x / 0.8)) - 0.2
     return distance
@@ -97,29 +98,43 @@ SHAPES: dict[str, Callable[[Floats, Floats], Floats]] = {
 }
 
 
-def coverage(distance: Floats) -> Floats:
-    """Share of each pixel that is inside, from the distance of its centre in pixels."""
+def compute_coverage(distance: Floats) -> Floats:
+    """Return the share of each pixel that lies inside, from the distance of its centre in pixels.
+
+    Example:
+        >>> compute_coverage(np.array([-3.0, 0.0, 0.25, 3.0])).tolist()
+        [1.0, 0.5, 0.25, 0.0]
+    """
     return np.clip(0.5 - distance, 0, 1)
 
 
 def paint(image: Floats, colour: Floats, opacity: Floats) -> Floats:
-    """`image` under a layer of `colour` with that `opacity` in [0, 1]; shapes broadcast."""
+    """Blend a layer of `colour` over `image`; `opacity` is in [0, 1], shapes broadcast."""
     return image + opacity * (colour - image)
 
 
-def clouds(keys: Keys, name: str, side: int) -> Floats:
-    """Smooth noise (B, 1, side, side) in [-0.5, 0.5], between random values at 6 by 6 nodes."""
+def draw_clouds(keys: Keys, name: str, image_size: int) -> Floats:
+    """Draw smooth noise (B, 1, H, W) in [-0.5, 0.5] that interpolates random values at 6 x 6 nodes.
+
+    The noise of each of the keys (B,) depends on `name` too.
+    """
     values = draw_uniform(keys, f"{name} clouds", 1, 6, 6) - 0.5
-    places = np.linspace(0, 5, side, endpoint=False, dtype=np.float32)
-    node = places.astype(np.int64)
-    share = (places - node).astype(np.float32)
+    positions = np.linspace(0, 5, image_size, endpoint=False, dtype=np.float32)
+    node = positions.astype(np.int64)
+    share = (positions - node).astype(np.float32)
     share = share * share * (3 - 2 * share)
     upper, lower = values[:, :, node], values[:, :, node + 1]
     rows = paint(upper, lower, share[:, None])
     return paint(rows[..., node], rows[..., node + 1], share)
 
 
-def pixel_grid(side: int) -> tuple[Floats, Floats]:
-    """Pixel centres seen from mid-picture, x to the right (W,), y upwards (H, 1)."""
-    centres = np.arange(side, dtype=np.float32) - (side - 1) / 2
+def make_pixel_grid(image_size: int) -> tuple[Floats, Floats]:
+    """Return the pixel centres, seen from the middle: x (W,) to the right, y (H, 1) upwards.
+
+    Example:
+        >>> x, y = make_pixel_grid(4)
+        >>> x.tolist(), y[0].tolist()
+        ([-1.5, -0.5, 0.5, 1.5], [1.5])
+    """
+    centres = np.arange(image_size, dtype=np.float32) - (image_size - 1) / 2
     return centres, -centres[:, None]

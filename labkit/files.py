@@ -5,27 +5,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import urljoin, urlsplit
 
-from labkit.runtime import InputError, SourceError, find_root_cause
-from labkit.transfer import TransferInterrupted, open_session, size, transfer
-
-if TYPE_CHECKING:
-    import requests
+from labkit.runtime import InputError, SourceError, as_one_line, find_root_cause
 
 CHUNK = 1 << 20
+RETRIES = 3
 NO_SUCH_FEATURE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 def get_cache_dir() -> Path:
-    """Where decoded data and downloads live: `LABKIT_CACHE`, else `~/.cache/labkit`."""
+    """Return the folder of decoded data and downloads: `LABKIT_CACHE`, else `~/.cache/labkit`.
+
+    Example:
+        >>> path = get_cache_dir() / "photo.jpg"
+    """
     return Path(os.environ.get("LABKIT_CACHE") or Path.home() / ".cache" / "labkit")
 
 
@@ -45,12 +47,22 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the name `path`, complete and durable, when the block ends.
+    """Open a binary file that takes the name `path` when the block ends, whole and durable.
 
-    An exception inside the block leaves whatever was at `path` untouched and nothing else behind.
+    An exception inside the block leaves the old file at `path` untouched and no other file behind.
 
     Raises:
-        SourceError: the file could not be written; a full disk is named as such.
+        SourceError: the file could not be written; the message names a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "numbers.bin"
+        >>> with open_atomic(path) as file:
+        ...     _ = file.write(b"123")
+        ...     path.exists()
+        False
+        >>> path.read_bytes()
+        b'123'
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -84,40 +96,57 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` atomically, as indented JSON."""
+    """Write `value` to `path` atomically, as indented JSON.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.json"
+        >>> write_json(path, {"accuracy": 0.5})
+        >>> json.loads(path.read_text())
+        {'accuracy': 0.5}
+    """
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` to `path` atomically, one JSON object a line."""
+    """Write `rows` to `path` atomically, each as one line of JSON."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def compute_checksum(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of the file at `path`."""
-    digest = hashlib.new(algorithm)
+    """Return the checksum of the file at `path` in hex.
+
+    Args:
+        path: the file.
+        algorithm: a name that `hashlib` knows.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "empty"
+        >>> path.touch()
+        >>> compute_checksum(path, "md5")
+        'd41d8cd98f00b204e9800998ecf8427e'
+    """
     with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
-    """Bring `target` up to date with `source`, reading every copy back to verify it.
+    """Copy new and changed files of `source` to `target`, and read every copy back.
 
-    For a drive that can lose files, such as Google Drive in Colab: work in `source`, keep
-    `target` there.
+    This serves a drive that can lose files, such as Google Drive in Colab: the training writes to
+    `source` on the local disk, and `target` lies on the drive.
 
     Args:
-        source: the folder that is worked in.
-        target: the folder that follows it; created where it is missing.
-        prune: the subfolder in which what `source` no longer has is removed from `target` too.
+        source: the folder to copy.
+        target: the copy; it is created if it is missing.
+        prune: a subfolder; files and folders in it that `source` no longer has are removed from
+            `target` too.
 
     Raises:
         SourceError: a file could not be written, or does not read back as it was written.
     """
-    names = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
-    for name in sorted(names):
+    for name in sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file()):
         digest = f"sha256:{compute_checksum(source / name)}"
         if has_digest(target / name, digest):
             continue
@@ -147,10 +176,18 @@ def mount_drive(name: Path | str) -> Path:
 
 
 def has_digest(path: Path, digest: str) -> bool:
-    """Whether `path` is a file with this `digest`, written "sha256:..." or "md5:..." in hex.
+    """Return whether `path` is a file with the checksum `digest`.
+
+    Args:
+        path: the file; it may be missing.
+        digest: "sha256:..." or "md5:..." in hex.
 
     Raises:
-        InputError: `digest` is not written so.
+        InputError: `digest` is not written in this form.
+
+    Example:
+        >>> has_digest(Path("missing"), "md5:d41d8cd98f00b204e9800998ecf8427e")
+        False
     """
     algorithm, _, expected = digest.partition(":")
     if algorithm not in hashlib.algorithms_available or not expected:
@@ -162,10 +199,16 @@ def has_digest(path: Path, digest: str) -> bool:
 def lock_file(path: Path) -> Iterator[None]:
     """Let one process at a time work on `path`; the others wait at the start of the block.
 
-    Where the file system knows no locks nobody waits, so the work must also be atomic.
+    On a file system without locks nobody waits, so the work must also be atomic.
 
     Raises:
         SourceError: the folder of `path` cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> with lock_file(path):
+        ...     _ = path.write_bytes(b"written by one process at a time")
     """
     from filelock import FileLock
 
@@ -184,94 +227,118 @@ def lock_file(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def download(
-    url: str,
-    path: Path,
-    *,
-    digest: str,
-    timeout: float = 30.0,
-    retries: int = 3,
-    backoff: float = 1.0,
-) -> Path:
-    """Download `url` to `path`, which appears only when whole and checked; return `path`.
+def download(url: str, path: Path, *, digest: str, timeout: float = 30.0) -> Path:
+    """Download `url` to `path` and return `path`.
 
-    A file already there with the right digest is returned without a request. What an interrupted
-    download left in `<name>.part` is resumed if the server allows it. Several processes may ask
-    for the same `path`: one downloads, the others wait.
+    The file appears under its name only when it is whole and has the right checksum. A file that
+    is already there with the right checksum costs no request. Several processes may ask for the
+    same `path`: one downloads, the others wait. A broken connection, a time-out, a server error
+    or a wrong checksum is tried again three times, each time from the beginning.
 
     Args:
-        url: An https address; plain http is allowed for a loopback address only.
-        path: The file to write.
-        digest: The expected checksum, "sha256:..." or "md5:..." in hex.
-        timeout: Longest silence of the server, to connect or between two pieces, in seconds.
-        retries: How often in a row a broken connection, a time-out, a short body or a server
-            error is tried again without anything new having come.
-        backoff: Seconds before the first retry; each further one waits twice as long.
+        url: an https address; plain http is allowed for a loopback address only. Redirects are
+            held to the same rule.
+        path: the file to write.
+        digest: the expected checksum, "sha256:..." or "md5:..." in hex.
+        timeout: longest silence of the server, to connect or between two pieces, in seconds.
 
     Raises:
         InputError: the address or the digest cannot be used.
         SourceError: the server, the connection, the checksum or the disk failed.
     """
-    part = path.with_name(path.name + ".part")
+    if not (url.startswith("https://") or _is_loopback(url)):
+        raise InputError(f"url must start with https://, got {url!r}")
     if has_digest(path, digest):
         return path
-    with open_session(url) as session, lock_file(path):
-        if has_digest(path, digest):
-            return path
-        try:
-            _complete(part, session, url, digest, timeout, retries, backoff)
-            os.replace(part, path)
-            sync_folder(path.parent)
-        except SourceError:
-            raise
-        except OSError as error:
-            raise _unwritable(path, error) from error
+    with lock_file(path):
+        if not has_digest(path, digest):
+            _fetch(url, path, digest, timeout)
     return path
 
 
-def _complete(
-    part: Path,
-    session: requests.Session,
-    url: str,
-    digest: str,
-    timeout: float,
-    retries: int,
-    backoff: float,
-) -> None:
-    """Transfer into `part` until it has the `digest`."""
-    failures, furthest = 0, size(part)
-    while not has_digest(part, digest):
-        resumed = size(part) > 0
-        try:
-            transfer(session, url, part, timeout=timeout)
-        except TransferInterrupted as error:
-            failures = 0 if size(part) > furthest else failures + 1
-            furthest = max(furthest, size(part))
-            if failures > retries:
-                raise SourceError(
-                    f"could not download {url}: {error}, {failures} times in a row "
-                    f"({size(part):,} bytes are kept for the next try)"
-                ) from error
-            time.sleep(backoff * 2 ** max(failures - 1, 0))
-            continue
-        if not has_digest(part, digest):
-            part.unlink()
-            if not resumed:
-                raise SourceError(f"{url} arrived with a wrong checksum (expected {digest})")
+def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
+    """Let pooch download `url`, and say in one line why if it cannot."""
+    import pooch
+    import requests
+
+    def check_response(response: requests.Response, **_: object) -> None:
+        """Refuse at once a response that another try would not change; pooch retries the rest."""
+        responses.callback(response.close)
+        response.raw.headers.pop("Content-Encoding", None)  # the checksum is that of the raw bytes
+        if response.is_redirect:
+            target = urljoin(response.url, response.headers["Location"])
+            if not (target.startswith("https://") or (_is_loopback(url) and _is_loopback(target))):
+                raise SourceError(f"{failed}: it leads to {as_one_line(target)}, not to https")
+        elif 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+            raise SourceError(f"{failed}: the server answered {response.status_code}")
+        elif response.ok and response.headers.get("Content-Type", "").startswith("text/html"):
+            raise SourceError(
+                f"{failed}: an HTML page came instead of data. "
+                "Is there a sign-in page or a proxy between this machine and the network?"
+            )
+
+    failed, responses = f"could not download {url}", contextlib.ExitStack()
+    downloader = pooch.HTTPDownloader(
+        progressbar=True,
+        chunk_size=CHUNK,
+        timeout=timeout,
+        headers={"Accept-Encoding": "identity"},
+        hooks={"response": check_response},
+    )
+    files = pooch.create(
+        path.parent,
+        base_url="",
+        registry={path.name: digest},
+        urls={path.name: url},
+        retry_if_failed=RETRIES,
+    )
+    try:
+        with responses:  # pooch does not close a response that broke off
+            files.fetch(path.name, downloader=downloader)
+        with contextlib.suppress(OSError):
+            path.chmod(0o644)  # pooch lets only the owner read it
+    except SourceError:
+        raise
+    except requests.HTTPError as error:
+        raise SourceError(f"{failed}: the server answered {error.response.status_code}") from error
+    except requests.RequestException as error:
+        reason = getattr(error.args[0] if error.args else error, "reason", error)
+        text = str(reason).rpartition(">: ")[2]  # without the name of an object of urllib3
+        cause = f"no connection, or it broke off ({text})"
+        if isinstance(error, requests.Timeout) or "timed out" in str(error):
+            cause = f"no answer within {timeout:g} s"
+        raise SourceError(f"{failed}: {cause}") from error
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    except ValueError as error:
+        if "hash" not in str(error):  # an address that cannot be parsed
+            raise SourceError(f"{failed}: {as_one_line(error)}") from error
+        raise SourceError(f"{url} arrived with a wrong checksum (expected {digest})") from error
+
+
+def _is_loopback(url: str) -> bool:
+    """Return whether `url` is a web address on this machine itself."""
+    parts = urlsplit(url)
+    try:
+        loopback = ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        loopback = parts.hostname == "localhost"
+    return loopback and parts.scheme in ("http", "https")
 
 
 def download_from_hub(
     repo: str, filename: str, *, revision: str, digest: str, repo_type: str = "model"
 ) -> Path:
-    """A checked file of the Hugging Face hub, from the hub's own cache if it is there.
+    """Return the path of a verified file of the Hugging Face hub, in the hub's own cache.
 
-    A file with a wrong digest is removed from the cache, so that the next call downloads anew.
+    The file is downloaded if the cache lacks it. A file with a wrong checksum is removed from the
+    cache, so that the next call downloads it anew.
 
     Args:
-        repo: The repository, "owner/name".
-        filename: The path of the file in the repository.
-        revision: The commit.
-        digest: The expected checksum, "sha256:..." in hex.
+        repo: the repository, "owner/name".
+        filename: the path of the file in the repository.
+        revision: the commit.
+        digest: the expected checksum, "sha256:..." in hex.
         repo_type: "model" or "dataset".
 
     Raises:

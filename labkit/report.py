@@ -1,4 +1,4 @@
-"""One HTML page for one run: a single file that needs nothing else, online or off."""
+"""The report of a run: one HTML file that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -23,10 +23,19 @@ CSS_PIXELS_PER_INCH = 96
 
 @dataclass(frozen=True)
 class Table:
-    """Column names and rows of cells; text stands left, numbers right, None shows as a dash.
+    """A table for a report or a notebook.
+
+    Attributes:
+        columns: the names of the C columns.
+        rows: rows of C cells each. Text is aligned left, numbers right; None becomes a dash.
 
     Raises:
         InputError: a row has more or fewer cells than there are columns.
+
+    Example:
+        >>> table = Table(("class", "recall"), [("cat", 0.5), ("dog", None)])
+        >>> table.rows[0]
+        ('cat', 0.5)
     """
 
     columns: Sequence[str]
@@ -40,9 +49,11 @@ class Table:
                 )
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """Return the table as a notebook shows it."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        rows = ("".join(f"<td>{escape(_text(cell))}</td>" for cell in row) for row in self.rows)
+        rows = (
+            "".join(f"<td>{escape(_format_cell(cell))}</td>" for cell in row) for row in self.rows
+        )
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -94,9 +105,9 @@ th { color: var(--soft); font-weight: 600; }
 {% for name, value in facts.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
 {% endif %}
-{% for name, picture in figures.items() %}<figure>
+{% for name, image in figures.items() %}<figure>
 <figcaption>{{ name }}</figcaption>
-<img src="data:image/png;base64,{{ picture.png }}" width="{{ picture.width }}" alt="{{ name }}">
+<img src="data:image/png;base64,{{ image.png }}" width="{{ image.width }}" alt="{{ name }}">
 </figure>
 {% endfor %}
 {% for name, table in tables.items() %}<figure>
@@ -133,35 +144,50 @@ def write_report(
     figures: Mapping[str, Figure],
     tables: Mapping[str, Table],
 ) -> None:
-    """Write a page of `facts`, `figures` and `tables`, in their order, to `path`, atomically.
+    """Write a page of facts, figures and tables to `path`, atomically and in the given order.
 
-    The keys are the captions, and for figures the alternative text too. A `note` such as
-    "demo: procedural scenes" stands as a banner under the title; "" means none. All text is
-    escaped, figures are embedded, and the page's own policy forbids it to load anything.
+    All text is escaped, figures are embedded, and the page's own policy forbids it to load
+    anything.
+
+    Args:
+        path: the HTML file.
+        title: the heading.
+        note: a banner below the heading, such as "demo: procedural scenes", or "".
+        facts: short texts by their names.
+        figures: figures by their captions, which are the alternative texts too.
+        tables: tables by their captions.
 
     Raises:
         SourceError: the file could not be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "report.html"
+        >>> facts = {"accuracy": "93.1 %"}
+        >>> write_report(path, title="A run", note="", facts=facts, figures={}, tables={})
+        >>> "93.1 %" in path.read_text()
+        True
     """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True)
-    environment.filters["text"] = _text
-    pictures = {name: _picture(figure) for name, figure in figures.items()}
+    environment.filters["text"] = _format_cell
+    images = {name: _encode_figure(figure) for name, figure in figures.items()}
     page = environment.from_string(_PAGE)
-    write_text(
-        path, page.render(title=title, note=note, facts=facts, figures=pictures, tables=tables)
-    )
+    html = page.render(title=title, note=note, facts=facts, figures=images, tables=tables)
+    write_text(path, html)
 
 
-def _picture(figure: Figure) -> dict[str, str | int]:
+def _encode_figure(figure: Figure) -> dict[str, str | int]:
+    """Return a figure as PNG in base64, and its width in CSS pixels."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=2 * CSS_PIXELS_PER_INCH, metadata={"Software": None})
     width = round(figure.get_figwidth() * CSS_PIXELS_PER_INCH)
     return {"png": base64.b64encode(buffer.getvalue()).decode("ascii"), "width": width}
 
 
-def _text(cell: Cell) -> str:
-    """`cell` as text; a float keeps four digits, and all of those before the point."""
+def _format_cell(cell: Cell) -> str:
+    """Return `cell` as text; a float keeps four digits, and all digits before the point."""
     if cell is None:
         return "–"
     if isinstance(cell, Real) and not isinstance(cell, Integral):

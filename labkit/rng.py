@@ -1,20 +1,21 @@
 """Counter-based random numbers: each is a pure function of a seed, a stream and an index.
 
-A generator with a state hands out numbers in the order in which it is asked, so that batch size,
-worker count or a resumed run change who gets which. Here number `index` of a stream is computed
-from its index alone: it is output `index` of the SplitMix64 generator (Steele, Lea and Flood,
-2014, "Fast splittable pseudorandom number generators") that a hash of seed and stream starts.
+A generator with a state gives numbers in the order of the calls, so that another batch size,
+another number of workers or a resumed run gives other numbers to an image. Here number `index` of
+a stream depends on its index alone: it is output `index` of the SplitMix64 generator (Steele, Lea
+and Flood, 2014, "Fast splittable pseudorandom number generators"), which starts from a hash of
+seed and stream.
 
 `uniform`, `integers` and `permutation` give one number for each (seed, epoch, index), on the
-device of the indices. `make_keys` and the `draw_` functions give many numbers for each picture of
-a procedural data set, as NumPy arrays.
+device of the indices. `make_keys` and the `draw_` functions give many numbers for each image of a
+procedural data set, as NumPy arrays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +26,27 @@ from labkit.runtime import InputError
 
 Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32]
-Signed = TypeVar("Signed", Tensor, npt.NDArray[np.int64])
-"""64 bits as int64, since torch knows hardly any arithmetic on unsigned numbers."""
+Words = TypeVar("Words", Tensor, npt.NDArray[np.uint64])
+"""64 random bits each: int64 in torch, which knows hardly any unsigned arithmetic, else uint64."""
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_SHIFTS = (30, 27, 31)
 _HIGH_LIMIT = 2**31
+_FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_FACTORS_OF: dict[type, Any] = {
+    Tensor: [factor - 2**64 for factor in _FACTORS],
+    np.ndarray: [np.array(factor, dtype=np.uint64) for factor in _FACTORS],  # faster than scalars
+}
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2**-24.
+    """Return uniform numbers in [0, 1), multiples of 2**-24.
 
-    `uniform` and `integers` of one stream come from the same bits: give each use its own stream.
+    `uniform` and `integers` of one stream use the same bits: give each use its own stream.
 
     Args:
         seed: any int; its lower 64 bits count.
         epoch: any int; its lower 64 bits count.
-        indices: (B,) integers, in any order; on the CPU or a GPU.
-        stream: a name for the use of the numbers; other names give independent numbers.
+        indices: (B,) integers in any order, on the CPU or a GPU.
+        stream: a name for the use of the numbers; another name gives independent numbers.
 
     Returns:
         (B,) float32 on the device of `indices`.
@@ -57,15 +60,24 @@ def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
 
 
 def integers(seed: int, epoch: int, indices: Tensor, stream: str, high: int) -> Tensor:
-    """Integers in [0, high), all equally likely to within one part in 2**32 / high.
+    """Return integers in [0, high), equally likely up to one part in 2**32 / high.
 
-    The arguments but `high` are those of `uniform`.
+    Args:
+        seed: as in `uniform`.
+        epoch: as in `uniform`.
+        indices: as in `uniform`.
+        stream: as in `uniform`.
+        high: from 1 to 2**31.
 
     Returns:
         (B,) int64 on the device of `indices`.
 
     Raises:
-        InputError: `high` is not in 1 ... 2**31.
+        InputError: `high` is out of range.
+
+    Example:
+        >>> integers(0, 0, torch.arange(1000), "crop", 9).unique().tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7, 8]
     """
     if not 1 <= high <= _HIGH_LIMIT:
         raise InputError(f"high must be from 1 to {_HIGH_LIMIT}, got {high}")
@@ -73,63 +85,72 @@ def integers(seed: int, epoch: int, indices: Tensor, stream: str, high: int) -> 
 
 
 def permutation(seed: int, epoch: int, count: int) -> Tensor:
-    """An order of 0 ... count - 1, as (count,) int64 on the CPU."""
+    """Return 0 ... count - 1 in random order, as (count,) int64 on the CPU.
+
+    Example:
+        >>> permutation(0, 0, 4).sort().values.tolist()
+        [0, 1, 2, 3]
+    """
     return torch.argsort(_bits(seed, epoch, torch.arange(count), "permutation"), stable=True)
 
 
 def make_keys(seed: int, stream: str, numbers: Keys) -> Keys:
-    """A key (B,) for each of `numbers` (B,), from which the `draw_` functions draw."""
-    start = np.array([_hash(f"{seed % 2**64} {stream}")])
-    return _splitmix(start, numbers.view(np.int64) - 1).view(np.uint64)
+    """Return a key (B,) for each of `numbers` (B,), from which the `draw_` functions draw.
+
+    Example:
+        >>> keys = make_keys(0, "image", np.arange(3, dtype=np.uint64))
+        >>> draw_uniform(keys, "noise", 4, 4).shape
+        (3, 4, 4)
+    """
+    start = np.array([_hash(f"{seed % 2**64} {stream}")], dtype=np.uint64)
+    return _splitmix(start, numbers - np.uint64(1))
 
 
 def draw_bits(keys: Keys, stream: str, *shape: int) -> Keys:
-    """64 random bits each: (B, *shape) for keys (B,)."""
-    starts = _mix(keys.view(np.int64) ^ _hash(stream))
-    numbers = _splitmix(starts[:, None], np.arange(math.prod(shape)))
-    return numbers.view(np.uint64).reshape(-1, *shape)
+    """Draw 64 random bits each: (B, *shape) for keys (B,)."""
+    starts = _mix(keys ^ np.uint64(_hash(stream)))
+    steps = np.arange(math.prod(shape), dtype=np.uint64)
+    return _splitmix(starts[:, None], steps).reshape(-1, *shape)
 
 
 def draw_uniform(keys: Keys, stream: str, *shape: int) -> Floats:
-    """Numbers in [0, 1), multiples of 2**-24: (B, *shape) for keys (B,)."""
+    """Draw numbers in [0, 1), multiples of 2**-24: (B, *shape) for keys (B,)."""
     whole = (draw_bits(keys, stream, *shape) >> np.uint64(40)).astype(np.float32)
     return whole * 2**-24
 
 
 def draw_between(keys: Keys, stream: str, low: float, high: float) -> Floats:
-    """One number in [low, high) for each key: (B, 1, 1, 1)."""
+    """Draw one number in [low, high) for each key: (B, 1, 1, 1)."""
     return low + (high - low) * draw_uniform(keys, stream, 1, 1, 1)
 
 
 def _bits(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
-    """64 random bits for each of `indices`, as (B,) int64 of either sign."""
-    start = torch.tensor(_hash(f"{seed % 2**64} {epoch % 2**64} {stream}"), device=indices.device)
-    return _splitmix(start, indices.to(torch.int64))
+    """Return 64 random bits for each of `indices`, as (B,) int64 of either sign."""
+    start = np.uint64(_hash(f"{seed % 2**64} {epoch % 2**64} {stream}")).view(np.int64)
+    return _splitmix(torch.tensor(start, device=indices.device), indices.to(torch.int64))
 
 
-def _splitmix(start: Signed, index: Signed) -> Signed:
-    """Output `index`, counted from 0, of the generator that begins at `start`; they broadcast."""
-    return _mix(start + (index + 1) * _as_signed(_GAMMA))
+def _splitmix(start: Words, index: Words) -> Words:
+    """Return output `index`, counted from 0, of the generator that begins at `start`."""
+    state: Words = start + (index + 1) * _FACTORS_OF[type(index)][0]
+    return _mix(state)
 
 
-def _mix(state: Signed) -> Signed:
-    """The output function of SplitMix64."""
-    state = (state ^ _shift_right(state, _SHIFTS[0])) * _as_signed(_MULTIPLIERS[0])
-    state = (state ^ _shift_right(state, _SHIFTS[1])) * _as_signed(_MULTIPLIERS[1])
-    return state ^ _shift_right(state, _SHIFTS[2])
+def _mix(state: Words) -> Words:
+    """Apply the output function of SplitMix64."""
+    _, first, second = _FACTORS_OF[type(state)]
+    state = (state ^ _shift_right(state, 30)) * first
+    state = (state ^ _shift_right(state, 27)) * second
+    return state ^ _shift_right(state, 31)
+
+
+def _shift_right(words: Words, places: int) -> Words:
+    """Shift to the right and fill with zeros, where signed numbers would repeat the sign."""
+    if isinstance(words, Tensor):
+        return (words >> places) & ((1 << (64 - places)) - 1)
+    return np.right_shift(words, places, dtype=np.uint64)
 
 
 def _hash(text: str) -> int:
-    """An int64 that is the same in every process and on every machine."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _as_signed(value: int) -> int:
-    """The int64 that has the bits of `value`, which lies in [0, 2**64)."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shift_right(value: Signed, places: int) -> Signed:
-    """Shift to the right and fill with zeros, where `>>` alone would repeat the sign."""
-    return (value >> places) & ((1 << (64 - places)) - 1)
+    """Return 64 bits that are the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,4 +1,8 @@
-"""Device, precision, random numbers, timing and versions: what every other module stands on."""
+"""The errors of labkit, and what every other module needs to know about the machine.
+
+In this order: device and precision, seeding, interruption, several processes, memory, messages and
+versions.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ _GPU_REMEDY = (
 
 
 class LabkitError(Exception):
-    """Something the user can mend: the message names the cause and the remedy."""
+    """An error that the user can mend; its message names the cause and the remedy."""
 
 
 class InputError(LabkitError, ValueError):
@@ -39,22 +43,26 @@ class InputError(LabkitError, ValueError):
 
 
 class SourceError(LabkitError, OSError):
-    """Data or weights that could not be had from where they were asked for."""
+    """Data or weights that could not be read, downloaded or written."""
 
 
 class TrainingError(LabkitError, RuntimeError):
-    """A training run that can not, or should not, go on."""
+    """A training that cannot go on, or should not."""
 
 
 class OutOfMemoryError(LabkitError, MemoryError):
-    """The device has no room even for the smallest part of the work."""
+    """The device has no memory even for the smallest part of the work."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` prefers CUDA, then Apple's MPS, then the CPU.
+    """Return the device called `name`; `auto` prefers CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        InputError: `name` is no device, or a device this machine does not have.
+        InputError: `name` is no device, or a GPU that this machine does not have.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -71,32 +79,41 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Arithmetic of a forward pass: the autocast type (None: plain fp32) and loss scaling."""
+    """The arithmetic of a forward pass.
+
+    Attributes:
+        autocast_dtype: the type of matrix products and convolutions; None means fp32 everywhere.
+        scale_loss: whether the loss must be scaled before the backward pass.
+    """
 
     autocast_dtype: torch.dtype | None
     scale_loss: bool
 
     @property
     def name(self) -> str:
-        """`fp32`, `bf16` or `fp16`."""
+        """The name: `fp32`, `bf16` or `fp16`."""
         names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         return names[self.autocast_dtype]
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """A fresh autocast context for one forward pass on `device`."""
+        """Return a new autocast context for one forward pass on `device`."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
 def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
-    """What `name` means on `device`.
+    """Return the precision called `name` on `device`.
 
-    `auto` is fp32 on a CPU, bf16 on a GPU of compute capability 8.0 or more, and fp16 with loss
-    scaling on an older one (a T4 has no native bf16).
+    `auto` is fp32 on a CPU, bf16 on a GPU of compute capability 8.0 or more, and fp16 with a
+    scaled loss on an older GPU (a T4 has no native bf16).
 
     Raises:
-        InputError: fp16 without a CUDA device: its gradients need the scaled loss of one.
+        InputError: `name` is unknown, or fp16 was asked for without a CUDA device.
+
+    Example:
+        >>> resolve_precision("auto", torch.device("cpu")).name
+        'fp32'
     """
     on_gpu = device.type == "cuda"
     if name == "auto":
@@ -119,7 +136,15 @@ def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def use_seed(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch inside the block and leave all three as found after it."""
+    """Seed Python, NumPy and torch inside the block, and restore all three after it.
+
+    Example:
+        >>> with use_seed(0):
+        ...     first = torch.rand(2)
+        >>> with use_seed(0):
+        ...     torch.equal(torch.rand(2), first)
+        True
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda_devices):
@@ -133,14 +158,14 @@ def use_seed(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+@dataclass
 class Interrupt:
     """Whether the user, or the system, has asked this process to stop."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested: bool = False
 
     def raise_if_requested(self) -> None:
-        """Raise the KeyboardInterrupt that was held back."""
+        """Raise KeyboardInterrupt if the process was asked to stop."""
         if self.requested:
             raise KeyboardInterrupt
 
@@ -150,29 +175,47 @@ def defer_interrupt() -> Iterator[Interrupt]:
     """Hold back Ctrl-C (in a notebook: Interrupt) and SIGTERM, so that a step can be finished.
 
     A second signal is not held back. Outside the main thread, where Python delivers no signals,
-    nothing is changed.
+    the block runs as usual.
+
+    Example:
+        >>> with defer_interrupt() as interrupt:
+        ...     for step in range(3):
+        ...         interrupt.raise_if_requested()  # between two steps
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
 
-    def note(number: int, frame: object) -> None:
+    def handle_signal(number: int, frame: object) -> None:
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, handle_signal) for number in numbers}
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, as `torchrun` announces them; one where it does not."""
+    """The processes that train together, one for each GPU; by default a single one.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        local_rank: the number of this process, and of its GPU, on this machine.
+
+    Example:
+        >>> World().is_main_process
+        True
+        >>> World(rank=1, size=2, local_rank=1).is_main_process
+        False
+    """
 
     rank: int = 0
     size: int = 1
@@ -185,21 +228,21 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """The world that `RANK`, `WORLD_SIZE` and `LOCAL_RANK` describe."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        """Read `RANK`, `WORLD_SIZE` and `LOCAL_RANK`, which `torchrun` sets."""
         rank, size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True)
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         return cls(rank, size, local_rank)
 
     def wait(self) -> None:
-        """Wait until every process has come this far."""
+        """Wait until every process has reached this line."""
         if self.size > 1:
             torch.distributed.barrier()
 
     @contextlib.contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
-        """The process group of this world, where it has more than one process."""
+    def join(self, device: torch.device) -> Iterator[None]:
+        """Belong to the process group inside the block; a single process needs none."""
         if self.size == 1:
             yield
             return
@@ -211,25 +254,30 @@ class World:
 
 
 def run_in_parts(work: Callable[[slice], T], count: int, *, size: int, what: str) -> list[T]:
-    """What `work` returns for consecutive slices that cover range(count), in order.
+    """Call `work` for consecutive slices of range(count), and return its results in order.
 
-    A part for which there is no memory is tried again at half its size, and so are those after it.
+    If there is no memory for a part, it is tried again at half its size, and all later parts are
+    as small.
 
     Args:
-        work: gets a slice of at most `size` items.
-        count: number of items; 0 gives an empty list.
-        size: items of the largest part, at least 1.
-        what: the items, in the plural, for messages.
+        work: takes a slice of at most `size` items.
+        count: the number of items; 0 gives an empty list.
+        size: the largest number of items in a part, at least 1.
+        what: what the items are, in the plural, for messages.
 
     Raises:
         OutOfMemoryError: there is no memory for a single item.
+
+    Example:
+        >>> run_in_parts(lambda part: (part.start, part.stop), 5, size=2, what="images")
+        [(0, 2), (2, 4), (4, 5)]
     """
-    done: list[T] = []
+    results: list[T] = []
     start = 0
     while start < count:
         part = slice(start, min(start + size, count))
         try:
-            done.append(work(part))
+            results.append(work(part))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -242,29 +290,39 @@ def run_in_parts(work: Callable[[slice], T], count: int, *, size: int, what: str
         else:
             start = part.stop
             continue
-        # Outside the handler: the traceback that holds on to the memory is gone.
+        # Outside the handler, since its traceback would keep the memory alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning("not enough memory: going on with %d %s at a time", size, what)
-    return done
+    return results
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a GPU, or the machine, has no memory left."""
+    """Return whether `error` says that a GPU, or the machine, has no memory left.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA out of memory"))
+        True
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         "can't allocate memory" in str(error) or "out of memory" in str(error)
     )
 
 
 def measure_peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GiB: of `device` if it is a GPU, else of this process."""
+    """Return the peak memory so far in GiB: of `device` if it is a GPU, else of this process.
+
+    Example:
+        >>> measure_peak_memory(torch.device("cpu")) > 0
+        True
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the process that started this one
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) / 2**20
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) / 2**20
     try:
         import resource
     except ImportError:  # Windows
@@ -285,35 +343,62 @@ def gpu_advice(device: torch.device, work: str = "training") -> str:
 
 
 def as_one_line(value: object) -> str:
-    """`value` as one short, printable line; the name of its type where it says nothing."""
+    r"""Return `value` as one printable line of at most 120 characters.
+
+    If its text is empty, the line is the name of its type.
+
+    Example:
+        >>> as_one_line("two\nlines")
+        'two lines'
+        >>> as_one_line(MemoryError())
+        'MemoryError'
+    """
     text = "".join(letter if letter.isprintable() else " " for letter in str(value))
     text = " ".join(text.split()) or type(value).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def find_root_cause(error: BaseException) -> BaseException:
-    """The exception that began the chain of explicit causes of `error`."""
+    """Return the exception that began the chain of explicit causes of `error`.
+
+    Example:
+        >>> try:
+        ...     raise ValueError("outer") from KeyError("inner")
+        ... except ValueError as error:
+        ...     find_root_cause(error)
+        KeyError('inner')
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def shows_progress() -> bool:
-    """Whether somebody can see a progress bar: in a notebook or a terminal, not in a log file."""
+def is_interactive() -> bool:
+    """Return whether somebody can see a progress bar: in a notebook or terminal, not in a log."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 
 def describe_device(device: torch.device) -> str:
-    """A name a reader recognises: the GPU's, or the processor architecture and thread count."""
+    """Return the name of a GPU, or the architecture and thread count of a processor.
+
+    Example:
+        >>> describe_device(torch.device("cpu"))  # doctest: +ELLIPSIS
+        'cpu (... threads)'
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def get_versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
+    """Return the installed versions of Python and of the libraries that results depend on.
+
+    Example:
+        >>> get_versions()["python"] == platform.python_version()
+        True
+    """
+    versions = {"python": platform.python_version()}
     for name in ("labkit", "torch", "torchvision", "timm", "transformers", "numpy", "sam2"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -1,8 +1,9 @@
-"""Figures for the notebooks and reports: returned, never shown, and no global setting touched.
+"""Figures for notebooks and reports.
 
-Images are uint8 (N, H, W, 3). `note`, where given, stands in a tag on the face of the figure; use
-it to say what the data were. The colours are Okabe and Ito's, apart for readers of any colour
-vision.
+A function returns its figure and never shows it; it neither reads nor changes matplotlib's global
+settings. Images are uint8 (N, H, W, 3). A `note` is written in a tag on the figure; use it to say
+which data were used. The colours are those of Okabe and Ito, which readers of any colour vision
+can tell apart.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ CHARACTER = 0.068  # inches that a character of 8-point text takes on average
 TEXT_LINE = 0.15  # inches from one line of 8-point text to the next
 GAP = 0.08  # inches between images
 FEW_EPOCHS = 20
-MOST_CLASSES_WITH_COUNTS = 20
+MAX_CLASSES_WITH_COUNTS = 20
 HEAT = "inferno"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK}
 SMALL: dict[str, Any] = {"fontsize": 8, "color": INK}
 
 
 class _Bin(Protocol):
-    """One step of a reliability diagram: shares in [0, 1] and a count of predictions."""
+    """A bin of a reliability diagram: `count` predictions, everything else in [0, 1]."""
 
     @property
     def low(self) -> float: ...
@@ -49,7 +50,7 @@ class _Bin(Protocol):
 
 
 class _Scores(Protocol):
-    """Scores of one class, in [0, 1]."""
+    """The scores of a class, in [0, 1]."""
 
     @property
     def name(self) -> str: ...
@@ -62,27 +63,50 @@ class _Scores(Protocol):
 def plot_images(
     images: NDArray[np.uint8], titles: Sequence[str] = (), *, columns: int = 10, note: str = ""
 ) -> Figure:
-    """`images` in rows of `columns`, each under its title; pixels stay squares."""
-    return _gallery(images, titles, columns, note=note)
+    """Draw images in rows, each below its title; pixels stay squares.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        titles: one for each image, or none.
+        columns: the number of images in a row.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `images`, `titles` or `columns` do not fit.
+
+    Example:
+        >>> figure = plot_images(np.zeros((2, 8, 8, 3), np.uint8), ["cat", "dog"], note="demo")
+        >>> len(figure.axes[0].get_images())
+        2
+    """
+    return _draw_grid(images, titles, columns, note=note)
 
 
 def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> Figure:
-    """Loss, accuracy and learning rate by epoch.
+    """Draw loss, accuracy and learning rate over the epochs.
 
-    A row holds `epoch` (from 1), `train_loss`, `train_accuracy` in [0, 1], `learning_rate` and,
-    in any of the rows, `validation_loss` and `validation_accuracy`.
+    Args:
+        history: a row for each epoch with `epoch` (from 1), `train_loss`, `train_accuracy` in
+            [0, 1] and `learning_rate`; any row may have `validation_loss` and
+            `validation_accuracy` too.
+        note: the text of the tag, or "".
 
     Raises:
         InputError: `history` is empty.
+
+    Example:
+        >>> row = {"epoch": 1, "train_loss": 2.3, "train_accuracy": 0.1, "learning_rate": 0.01}
+        >>> [axes.get_title(loc="left") for axes in plot_learning_curves([row]).axes]
+        ['Loss', 'Accuracy (%)', 'Learning rate']
     """
     if not history:
         raise InputError("history has no rows; a run must finish an epoch before it has curves")
     figure = create_figure(10.5, 3.0, note)
     loss, accuracy, rate = figure.subplots(1, 3)
     for part, colour in (("train", BLUE), ("validation", RED)):
-        _curve(loss, history, f"{part}_loss", 1.0, colour, part)
-        _curve(accuracy, history, f"{part}_accuracy", 100.0, colour, part)
-    _curve(rate, history, "learning_rate", 1.0, SOFT, "")
+        _draw_curve(loss, history, f"{part}_loss", 1.0, colour, part)
+        _draw_curve(accuracy, history, f"{part}_accuracy", 100.0, colour, part)
+    _draw_curve(rate, history, "learning_rate", 1.0, SOFT, "")
     rate.set_ylim(0.0, 1.08 * max(row["learning_rate"] for row in history) or 1.0)
     rate.yaxis.set_major_formatter("{x:g}")
     for axes, title in ((loss, "Loss"), (accuracy, "Accuracy (%)"), (rate, "Learning rate")):
@@ -95,39 +119,54 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "")
 
 
 def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: str = "") -> Figure:
-    """Confusion matrix (C, C) of counts, true classes as rows, coloured by share of its row.
+    """Draw a confusion matrix.
 
-    The colour scale is the square root of the share, so that rare confusions can be seen. Counts
-    are written into the cells of up to 20 classes.
+    The colour of a cell is its share of its row on a square-root scale, so that rare confusions
+    can be seen. With up to 20 classes the counts are written into the cells.
+
+    Args:
+        confusion: (C, C) counts; rows are true classes, columns predicted classes.
+        classes: the names of the C classes.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `confusion` is not (C, C).
+
+    Example:
+        >>> figure = plot_confusion_matrix([[3, 1], [0, 4]], ["cat", "dog"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['3', '1', '0', '4']
     """
     from matplotlib.colors import PowerNorm
 
     counts = np.asarray(confusion)
-    size = len(classes)
-    if counts.shape != (size, size):
-        raise InputError(f"confusion must be {size} × {size} for its classes, got {counts.shape}")
+    num_classes = len(classes)
+    if counts.shape != (num_classes, num_classes):
+        raise InputError(
+            f"confusion must be {num_classes} × {num_classes} for its classes, got {counts.shape}"
+        )
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = float(np.clip(0.5 * size, 2.5, 10.0))
-    figure = create_figure(side + 2.0, side + 1.0, note)
+    inches = float(np.clip(0.5 * num_classes, 2.5, 10.0))
+    figure = create_figure(inches + 2.0, inches + 1.0, note)
     axes = figure.subplots()
-    picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
+    cells = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
     _style(axes, "Confusion", "predicted class", "true class")
     axes.grid(False)
-    every = -(-size // 40)
-    ticks = np.arange(0, size, every)
+    ticks = np.arange(0, num_classes, -(-num_classes // 40))
     names = [classes[index] for index in ticks]
-    small = 8 if size <= MOST_CLASSES_WITH_COUNTS else 6
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=small)
-    axes.set_yticks(ticks, names, fontsize=small)
+    font_size = 8 if num_classes <= MAX_CLASSES_WITH_COUNTS else 6
+    tilt: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(ticks, names, fontsize=font_size, **tilt)
+    axes.set_yticks(ticks, names, fontsize=font_size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.1, 0.5, 1])
+    bar = figure.colorbar(cells, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.1, 0.5, 1])
     bar.ax.set_yticklabels(["0", "1 %", "10 %", "50 %", "100 %"], fontsize=8, color=SOFT)
     bar.ax.tick_params(length=0)
     bar.ax.spines["outline"].set_visible(False)
     bar.set_label("share of the true class", fontsize=8, color=SOFT)
-    if size <= MOST_CLASSES_WITH_COUNTS:
-        for row, column in np.ndindex(size, size):
+    if num_classes <= MAX_CLASSES_WITH_COUNTS:
+        for row, column in np.ndindex(counts.shape):
             dark = share[row, column] > 0.3
             colour = "white" if dark else INK if counts[row, column] else "#b3bac4"
             text = str(counts[row, column])
@@ -136,10 +175,18 @@ def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: st
 
 
 def plot_reliability(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure:
-    """Accuracy against confidence, with the share of predictions in each bin below.
+    """Draw accuracy over confidence, and below it the share of predictions in each bin.
 
-    A bar is the accuracy of a bin, the hatched part what separates it from the mean confidence;
-    `ece` in [0, 1] goes into the title.
+    A bar shows the accuracy of a bin; its hatched part is the gap to the mean confidence.
+
+    Args:
+        bins: the bins of confidence, with their `low` and `high` edges.
+        ece: the expected calibration error in [0, 1], for the title.
+        note: the text of the tag, or "".
+
+    Example:
+        >>> plot_reliability([], ece=0.012).axes[0].get_title(loc="left")
+        'Reliability (expected calibration error 1.2 %)'
     """
     figure = create_figure(4.6, 5.2, note)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -163,18 +210,27 @@ def plot_reliability(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure
 
 
 def plot_class_scores(scores: Sequence[_Scores], note: str = "") -> Figure:
-    """Recall and precision of each class, the best recall at the top."""
+    """Draw recall and precision of each class, the class with the best recall at the top.
+
+    Args:
+        scores: `name`, `precision` and `recall` of each class.
+        note: the text of the tag, or "".
+
+    Example:
+        >>> len(plot_class_scores([]).axes)
+        1
+    """
     ordered = sorted(scores, key=lambda row: row.recall)
     figure = create_figure(6.5, 0.9 + 0.36 * max(len(ordered), 1), note)
     axes = figure.subplots()
-    place = np.arange(len(ordered))
+    positions = np.arange(len(ordered))
     for name, shift, colour in (("recall", 0.19, BLUE), ("precision", -0.19, AMBER)):
         shares = [100 * getattr(row, name) for row in ordered]
-        bars = axes.barh(place + shift, shares, height=0.34, color=colour, label=name)
+        bars = axes.barh(positions + shift, shares, height=0.34, color=colour, label=name)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7, color=SOFT)
     _style(axes, "Recall and precision by class (%)", "", "")
     axes.grid(False, axis="y")
-    axes.set_yticks(place, [row.name for row in ordered])
+    axes.set_yticks(positions, [row.name for row in ordered])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(xlim=(0, 107), xticks=range(0, 101, 20), ylim=(-0.6, max(len(ordered), 1) - 0.4))
     axes.legend(**LEGEND, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
@@ -189,10 +245,25 @@ def plot_mistakes(
     classes: Sequence[str],
     note: str = "",
 ) -> Figure:
-    """Wrong predictions in the order given, each as `true → said (97 %)`; (N,) beside `images`."""
+    """Draw wrong predictions in the given order, each titled `true → predicted (97 %)`.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        labels: (N,) true classes.
+        predictions: (N,) predicted classes.
+        confidences: (N,) probabilities of the predicted classes.
+        classes: the names of all classes.
+        note: the text of the tag, or "".
+
+    Example:
+        >>> image = np.zeros((1, 8, 8, 3), np.uint8)
+        >>> figure = plot_mistakes(image, [0], [1], [0.97], ["cat", "dog"])
+        >>> figure.axes[0].texts[0].get_text().replace(chr(160), " ")
+        'cat → dog (97 %)'
+    """
     rows = zip(labels, predictions, confidences, strict=True)
     titles = [f"{classes[t]} → {classes[p]} ({100 * c:.0f}\u00a0%)" for t, p, c in rows]
-    return _gallery(images, titles, 6, cell=1.35, note=note)
+    return _draw_grid(images, titles, 6, cell=1.35, note=note)
 
 
 def plot_attention(
@@ -201,21 +272,33 @@ def plot_attention(
     titles: Sequence[str] = (),
     note: str = "",
 ) -> Figure:
-    """Each image over its heat map: `maps` (N, h, w) in [0, 1], 1 where the model attends most.
+    """Draw each image above its attention map.
 
     Source of attention roll-out: Abnar and Zuidema, Quantifying Attention Flow in Transformers,
     2020.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        maps: (N, h, w) in [0, 1]; 1 where the model attends most.
+        titles: one for each image, or none.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `images`, `maps` or `titles` do not fit.
+
+    Example:
+        >>> figure = plot_attention(np.zeros((2, 32, 32, 3), np.uint8), np.ones((2, 8, 8)))
+        >>> len(figure.axes[0].get_images())
+        2
     """
     from matplotlib.cm import ScalarMappable
 
-    pictures = _as_images(images)
-    heat = np.asarray(maps, dtype=np.float32)
-    if heat.ndim != 3 or len(heat) != len(pictures):
-        raise InputError(f"maps must be ({len(pictures)}, h, w), one an image, got {heat.shape}")
-    pairs = [_over_heat(picture, warmth) for picture, warmth in zip(pictures, heat, strict=True)]
-    figure = _gallery(
-        np.stack(pairs) if pairs else pictures, titles, 8, cell=1.35, foot=0.35, note=note
-    )
+    images, heat = _check_images(images), np.asarray(maps, dtype=np.float32)
+    if heat.ndim != 3 or len(heat) != len(images):
+        raise InputError(f"maps must be ({len(images)}, h, w), one an image, got {heat.shape}")
+    if len(images):
+        images = np.stack([_draw_above_heat(*pair) for pair in zip(images, heat, strict=True)])
+    figure = _draw_grid(images, titles, 8, cell=1.35, bottom=0.35, note=note)
     axes = figure.axes[0]
     width, height = axes.get_xlim()[1], axes.get_ylim()[0]  # inches
     scale = axes.inset_axes((0.1 / width, 0.2 / height, 1.3 / width, 0.07 / height))
@@ -229,19 +312,46 @@ def plot_attention(
 def plot_augmentations(
     original: NDArray[np.uint8], variants: NDArray[np.uint8], note: str = ""
 ) -> Figure:
-    """Each original (N, H, W, 3) at the left of its augmented `variants` (N, K, H, W, 3)."""
-    first, others = _as_images(original), np.asarray(variants)
-    if others.ndim != 5 or others.shape[:1] + others.shape[2:] != first.shape:
-        raise InputError(f"variants must be (N, K, H, W, 3) of {first.shape}, got {others.shape}")
-    rows = np.concatenate([first[:, None], others], axis=1)  # (N, 1 + K, H, W, 3)
+    """Draw each original image to the left of its augmented variants.
+
+    Args:
+        original: (N, H, W, 3) uint8.
+        variants: (N, K, H, W, 3) uint8.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: the shapes do not fit.
+
+    Example:
+        >>> original = np.zeros((2, 8, 8, 3), np.uint8)
+        >>> figure = plot_augmentations(original, np.zeros((2, 3, 8, 8, 3), np.uint8))
+        >>> len(figure.axes[0].get_images())
+        8
+    """
+    first, variants = _check_images(original), np.asarray(variants)
+    if variants.ndim != 5 or variants.shape[:1] + variants.shape[2:] != first.shape:
+        raise InputError(f"variants must be (N, K, H, W, 3) of {first.shape}, got {variants.shape}")
+    rows = np.concatenate([first[:, None], variants], axis=1)  # (N, 1 + K, H, W, 3)
     columns = rows.shape[1]
     titles = ["original", "augmented"][:columns] + [""] * (len(rows) * columns)
     titles = titles[: len(rows) * columns]
-    return _gallery(rows.reshape(-1, *first.shape[1:]), titles, columns, lead=1, note=note)
+    images = rows.reshape(-1, *first.shape[1:])
+    return _draw_grid(images, titles, columns, columns_apart=1, note=note)
 
 
 def create_figure(width: float, height: float, note: str, pad: float = 0.08) -> Figure:
-    """A white figure of `width` × `height` inches, under a strip with the tag if there is one."""
+    """Create a white figure of `width` × `height` inches, below a strip for the tag.
+
+    Args:
+        width: inches.
+        height: inches without the strip.
+        note: the text of the tag; without a text there is no strip.
+        pad: inches around each pair of axes.
+
+    Example:
+        >>> create_figure(4, 3, "").get_size_inches().tolist()
+        [4.0, 3.0]
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -269,7 +379,7 @@ def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.grid(True, color=LINE, linewidth=0.7)
 
 
-def _curve(
+def _draw_curve(
     axes: Axes,
     history: Sequence[Mapping[str, float]],
     key: str,
@@ -284,20 +394,20 @@ def _curve(
         axes.plot(x, y, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
 
 
-def _as_images(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _check_images(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     array = np.asarray(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise InputError(f"images must be uint8 (N, H, W, 3), got {array.dtype} {array.shape}")
     return array
 
 
-def _over_heat(picture: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """`picture` above itself in grey under `heat`, one image with a white gap between them."""
+def _draw_above_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Draw `image`, enlarged, above a grey copy under `heat`, with a white gap between them."""
     from matplotlib import colormaps
     from PIL import Image
 
-    times = -(-256 // max(picture.shape[:2]))
-    large = picture.repeat(times, axis=0).repeat(times, axis=1)
+    scale = -(-256 // max(image.shape[:2]))
+    large = image.repeat(scale, axis=0).repeat(scale, axis=1)
     size = (large.shape[1], large.shape[0])
     smooth = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
     grey = large.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -306,57 +416,49 @@ def _over_heat(picture: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray
     return np.concatenate([large, gap, mixed.round().astype(np.uint8)])
 
 
-def _gallery(
+def _draw_grid(
     images: NDArray[np.uint8],
     titles: Sequence[str],
     columns: int,
     *,
     cell: float = 1.07,
-    lead: int = 0,
-    foot: float = 0.0,
+    columns_apart: int = 0,
+    bottom: float = 0.0,
     note: str,
 ) -> Figure:
-    """`images` in rows, `cell` inches wide, on one pair of axes whose unit is the inch.
+    """Draw images in rows on one pair of axes whose unit is the inch.
 
-    Titles are wrapped above their images; the first `lead` columns stand apart, and `foot` inches
-    are left free at the bottom.
+    Each image is `cell` inches wide and stands below its wrapped title. A wider gap follows the
+    first `columns_apart` columns, and `bottom` inches are left free below the last row.
     """
-    pictures = _as_images(images)
+    images = _check_images(images)
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
-    if len(titles) not in (0, len(pictures)):
-        raise InputError(f"{len(titles)} titles for {len(pictures)} images; give one each or none")
-    tall = cell * pictures.shape[1] / max(pictures.shape[2], 1)
-    captions = [textwrap.wrap(title, int(cell / CHARACTER)) for title in titles]
-    heads = [TEXT_LINE * len(lines) for lines in captions] or [0.0] * len(pictures)
-    places = _places(heads, columns, cell, tall, lead)
-    width = max([x + cell + GAP / 2 for x, _ in places] + [2.4])
-    height = max([y + tall + GAP / 2 + foot for _, y in places] + [0.5])
+    if len(titles) not in (0, len(images)):
+        raise InputError(f"{len(titles)} titles for {len(images)} images; give one each or none")
+    cell_height = cell * images.shape[1] / max(images.shape[2], 1)
+    wrapped = [textwrap.wrap(title, int(cell / CHARACTER)) for title in titles]
+    title_heights = [TEXT_LINE * len(lines) for lines in wrapped] or [0.0] * len(images)
+    corners: list[tuple[float, float]] = []  # top left, y downwards
+    top = 0.0
+    for start in range(0, len(images), columns):
+        row = title_heights[start : start + columns]
+        top += GAP + max(row)
+        for column in range(len(row)):
+            extra = 2 * GAP if 0 < columns_apart <= column else 0.0
+            corners.append((GAP / 2 + extra + column * (cell + GAP), top))
+        top += cell_height
+    width = max([x + cell + GAP / 2 for x, _ in corners] + [2.4])
+    height = max([y + cell_height + GAP / 2 + bottom for _, y in corners] + [0.5])
     figure = create_figure(width, height, note, pad=0.0)
     axes = figure.subplots()
-    for (x, y), picture in zip(places, pictures, strict=True):
-        box = (x, x + cell, y + tall, y)
-        axes.imshow(picture, extent=box, interpolation="nearest", aspect="auto")
-    for (x, y), lines in zip(places, captions, strict=False):
+    for (x, y), image in zip(corners, images, strict=True):
+        extent = (x, x + cell, y + cell_height, y)
+        axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
+    for (x, y), lines in zip(corners, wrapped, strict=False):
         axes.text(x + cell / 2, y - 0.04, "\n".join(lines), va="bottom", ha="center", **SMALL)
-    if not places:
+    if not corners:
         axes.text(width / 2, height / 2, "nothing to show", va="center", ha="center", **SMALL)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     return figure
-
-
-def _places(
-    heads: Sequence[float], columns: int, cell: float, tall: float, lead: int
-) -> list[tuple[float, float]]:
-    """Top-left corners in inches, y downwards, of images with `heads` inches of title above."""
-    places: list[tuple[float, float]] = []
-    top = 0.0
-    for start in range(0, len(heads), columns):
-        row = heads[start : start + columns]
-        top += GAP + max(row)
-        for column in range(len(row)):
-            apart = 2 * GAP if lead and column >= lead else 0.0
-            places.append((GAP / 2 + apart + column * (cell + GAP), top))
-        top += tall
-    return places

@@ -1,9 +1,9 @@
-"""Stand in for Colab: each notebook alone in an empty folder, in an environment of its versions.
+"""Run each notebook as Colab would: alone in an empty folder, with Colab's library versions.
 
-Builds a Python 3.13 environment with the libraries that Colab has preinstalled, at the versions of
-constraints.txt; then runs each notebook there in the `demo` profile, its set-up cell fetching
-labkit from this repository's last commit. Fails if the set-up cell changed a preinstalled version,
-brought a second torch or took 60 seconds, or if anything in the notebook failed or warned.
+The script builds a Python 3.13 environment with the libraries that Colab has preinstalled, at the
+versions of constraints.txt. There it runs each notebook in the `demo` profile; the set-up cell
+installs labkit from the last commit of this repository. The script fails if the set-up cell
+changes a preinstalled version or takes 60 seconds, or if a cell fails or warns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PREINSTALLED = [
     *("torch", "torchvision", "timm", "transformers", "numpy", "opencv-python", "pillow"),
     *("huggingface_hub", "safetensors", "pyarrow", "matplotlib", "pycocotools", "scikit-image"),
-    *("ipykernel", "ipywidgets", "nbclient", "nbformat", "setuptools", "wheel"),
+    *("ipykernel", "ipywidgets", "nbclient", "nbformat", "pooch", "setuptools", "wheel"),
 ]
 SETUP_SECONDS = 60
 
@@ -49,28 +49,30 @@ finally:
 setup = next(
     i for i, cell in enumerate(notebook.cells) if "setup" in cell.metadata.get("tags", [])
 )
-whole = sum(s for s in seconds.values() if s > 0)  # text cells start, but are not executed
-print(json.dumps({"setup": seconds[setup], "whole": whole}))
+total = sum(s for s in seconds.values() if s > 0)  # text cells start, but are not executed
+print(json.dumps({"setup": seconds[setup], "total": total}))
 """
 
 
 def find_interpreter() -> str:
-    """A Python 3.13 of this machine: on the path, or among pyenv's."""
+    """Find a Python 3.13 on the path or among pyenv's.
+
+    Raises:
+        SystemExit: there is none.
+    """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = ["python3.13", "python3", *pyenv.glob("versions/3.13*/bin/python")]
     for candidate in candidates:
         command = [candidate, "-c", "import sys; print(*sys.version_info[:2])"]
         with contextlib.suppress(OSError):
-            if subprocess.run(command, capture_output=True, text=True).stdout.split() == [
-                "3",
-                "13",
-            ]:
+            version = subprocess.run(command, capture_output=True, text=True).stdout
+            if version.strip() == "3 13":
                 return str(candidate)
     raise SystemExit("colab-check needs Python 3.13, which Colab has; name one with --python")
 
 
-def environment(folder: Path, interpreter: str) -> Path:
-    """The Python of the environment in `folder`, built where it is missing."""
+def build_environment(folder: Path, interpreter: str) -> Path:
+    """Return the Python of the environment in `folder`; build it first if it is missing."""
     python = folder / "bin" / "python"
     ready = folder / ".ready"
     if not ready.exists():
@@ -83,30 +85,30 @@ def environment(folder: Path, interpreter: str) -> Path:
     return python
 
 
-def installed(python: Path) -> dict[str, str]:
-    """Versions of all packages of `python`."""
+def list_packages(python: Path) -> dict[str, str]:
+    """Return the versions of all packages of `python` by their names."""
     command = [python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
-    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {package["name"].lower(): package["version"] for package in json.loads(listed)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {package["name"].lower(): package["version"] for package in json.loads(output)}
 
 
-def warnings_in(notebook: Path) -> list[str]:
-    """Lines of the executed `notebook` that warn.
+def find_warnings(notebook: Path) -> list[str]:
+    """Return the lines of the executed `notebook` that warn.
 
-    What pip says of index locations that this machine's own settings name is not the notebook's.
+    pip's warnings about package indexes come from the settings of this machine; they do not count.
     """
-    found = []
+    warnings = []
     for cell in json.loads(notebook.read_text())["cells"]:
         for output in cell.get("outputs", []):
             text = "".join(output.get("text", []))
             lines = [line for line in text.splitlines() if re.search("warning", line, re.I)]
-            found += [line for line in lines if not line.startswith("WARNING: Location ")]
-    return found
+            warnings += [line for line in lines if not line.startswith("WARNING: Location ")]
+    return warnings
 
 
 def check(notebook: Path, python: Path) -> list[str]:
-    """Run `notebook` as Colab would; what is wrong with it."""
-    before = installed(python)
+    """Run `notebook` as Colab would, and return a line for each problem."""
+    before = list_packages(python)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(notebook, folder))
         run = subprocess.run(
@@ -121,14 +123,14 @@ def check(notebook: Path, python: Path) -> list[str]:
             capture_output=True,
             text=True,
         )
-        problems = [f"warning: {line}" for line in warnings_in(copy)]
+        problems = [f"warning: {line}" for line in find_warnings(copy)]
     if run.returncode:
         return [*problems, run.stderr[-3000:]]
     seconds = json.loads(run.stdout.splitlines()[-1])
-    print(f"{notebook.name}: set-up {seconds['setup']:.0f} s, whole {seconds['whole']:.0f} s")
+    print(f"{notebook.name}: set-up {seconds['setup']:.0f} s, total {seconds['total']:.0f} s")
     if seconds["setup"] >= SETUP_SECONDS:
         problems.append(f"the set-up cell took {seconds['setup']:.0f} s")
-    after = installed(python)
+    after = list_packages(python)
     problems += [
         f"{name} changed from {version} to {after.get(name)}"
         for name, version in before.items()
@@ -139,19 +141,19 @@ def check(notebook: Path, python: Path) -> list[str]:
 
 
 def main() -> None:
-    """Check every notebook, each in the environment as Colab has it."""
+    """Check every notebook, each in an environment with no other packages than Colab's."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", help="a Python 3.13 interpreter [default: found]")
+    parser.add_argument("--python", help="a Python 3.13 interpreter [default: search for one]")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-colab")
     arguments = parser.parse_args()
-    python = environment(arguments.venv, arguments.python or find_interpreter())
-    base = installed(python)
+    python = build_environment(arguments.venv, arguments.python or find_interpreter())
+    base = list_packages(python)
     failed = False
     for notebook in sorted(ROOT.glob("*.ipynb")):
         problems = check(notebook, python)
         failed = failed or bool(problems)
         print("\n".join(problems) or f"{notebook.name}: fine")
-        added = sorted(installed(python).keys() - base.keys())
+        added = sorted(list_packages(python).keys() - base.keys())
         if added:
             command = [python, "-m", "pip", "uninstall", "--yes", "--quiet", *added]
             subprocess.run(command, check=True)

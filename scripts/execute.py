@@ -1,4 +1,4 @@
-"""Execute notebooks in the `demo` profile and keep the executed copies, whole or not."""
+"""Execute notebooks in the `demo` profile and keep the executed copies, also after an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from nbclient.exceptions import CellExecutionError
 
 
 def execute(source: Path, folder: Path) -> bool:
-    """Run `source` inside `folder` and write the executed copy there; whether it ran whole."""
+    """Run the notebook `source` in `folder` and write the executed copy there.
+
+    Returns:
+        Whether every cell ran without an error.
+    """
     notebook = nbformat.read(source, as_version=4)
     client = NotebookClient(
         notebook,
@@ -38,15 +42,15 @@ def execute(source: Path, folder: Path) -> bool:
 
 
 def main() -> None:
-    """Execute each notebook that the command line names."""
+    """Execute the notebooks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the executed copies")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("LABKIT_PROFILE", "demo")
-    done = [execute(notebook, arguments.out) for notebook in arguments.notebooks]
-    raise SystemExit(0 if all(done) else 1)
+    succeeded = [execute(notebook, arguments.out) for notebook in arguments.notebooks]
+    raise SystemExit(0 if all(succeeded) else 1)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ class Fault(Enum):
     """A sign-in page with status 200, as a captive portal sends it."""
     UNAVAILABLE = auto()
     """Status 503."""
-    WRONG_RANGE = auto()
-    """Status 206 with the first bytes, whatever part was asked for."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Request:
 
     method: str
     path: str
-    range: str | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,6 @@ class File:
 
     body: bytes | memoryview
     headers: dict[str, str] = field(default_factory=dict)
-    ranges: bool = True
     redirect: str | None = None
 
 
@@ -99,11 +95,10 @@ class LoopbackServer:
         body: bytes | memoryview,
         *,
         headers: dict[str, str] | None = None,
-        ranges: bool = True,
         redirect: str | None = None,
     ) -> str:
-        """Serve `body` (or a redirect) at `path`, resumable if `ranges`; return the address."""
-        self.files[path] = File(body, headers or {}, ranges, redirect)
+        """Serve `body` (or a redirect) at `path`; return the address."""
+        self.files[path] = File(body, headers or {}, redirect)
         return self.url + path
 
     def fail(self, path: str, *faults: Fault, method: str = "GET") -> None:
@@ -193,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         server: LoopbackServer = self.server.loopback  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path)
-        server.requests.append(Request(self.command, path, self.headers.get("Range")))
+        server.requests.append(Request(self.command, path))
         fault = server.next_fault(self.command, path)
         file = server.files.get(path)
         if fault is Fault.STALL:
@@ -213,8 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         body, status, headers = file.body, 200, dict(file.headers)
         total = len(body)
         asked = self.headers.get("Range")
-        if asked and file.ranges:
-            start = 0 if fault is Fault.WRONG_RANGE else int(asked[len("bytes=") :].split("-")[0])
+        if asked:
+            start = int(asked[len("bytes=") :].split("-")[0])
             if start >= total:
                 self._send(416, b"", {"Content-Range": f"bytes */{total}"})
                 return

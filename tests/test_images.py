@@ -27,7 +27,7 @@ GREY16 = np.array([[0, 128, 129, 257], [32896, 40000, 65406, 65535]], np.uint16)
 GREY16_AS_8 = [[0, 0, 1, 1], [128, 156, 254, 255]]  # v / 257, rounded, by hand
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
@@ -38,7 +38,7 @@ def smooth(height: int, width: int) -> NDArray[np.uint8]:
     return np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], 2).astype(np.uint8)
 
 
-def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def blend_with_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     alpha = rgba[..., 3:] / 255.0
     return np.floor(rgba[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
 
@@ -52,30 +52,30 @@ def refusal(kind: type[LabkitError], source: Any, **options: Any) -> str:
     return text
 
 
-PNG = encoded(Image.fromarray(RGB))
+PNG = encode(Image.fromarray(RGB))
 
 
-@pytest.mark.parametrize("kind", ["path", "text", "bytes", "picture", "array", "url"])
+@pytest.mark.parametrize("kind", ["path", "text", "bytes", "pillow", "array", "url"])
 def test_every_kind_of_source_gives_the_same_pixels_as_a_writable_copy(
     kind: str, tmp_path: Path, loopback: LoopbackServer
 ) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(PNG)
-    array, picture = RGB.copy(), Image.fromarray(RGB)
+    array, pillow = RGB.copy(), Image.fromarray(RGB)
     source = {
         "path": path,
         "text": str(path),
         "bytes": PNG,
-        "picture": picture,
+        "pillow": pillow,
         "array": array,
-        "url": loopback.add("/picture.png", PNG),
+        "url": loopback.add("/image.png", PNG),
     }[kind]
     loaded = load_image(source, allow_private=True)
     assert loaded.dtype == np.uint8 and loaded.flags.c_contiguous
     np.testing.assert_array_equal(loaded, RGB)
     loaded[:] = 0
     np.testing.assert_array_equal(array, RGB)
-    np.testing.assert_array_equal(picture, RGB)
+    np.testing.assert_array_equal(pillow, RGB)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_every_kind_of_source_gives_the_same_pixels_as_a_writable_copy(
         ("https://me:secret@host.org:81/a/cat.png?token=secret#x", "https://host.org:81/a/cat.png"),
         (b"", "bytes"),
         (RGB, "array"),
-        (Image.fromarray(RGB), "picture"),
+        (Image.fromarray(RGB), "image"),
         ("x" * 500, "x" * 117 + "..."),
     ],
 )
@@ -100,19 +100,19 @@ def test_exif_orientation_is_honoured(orientation: int, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
-    data = encoded(Image.fromarray(smooth(24, 40)), format, exif=exif, **options)
+    data = encode(Image.fromarray(smooth(24, 40)), format, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert expected.shape[:2] == ((40, 24) if orientation > 4 else (24, 40))
     for source in (data, Image.open(io.BytesIO(data))):
         np.testing.assert_array_equal(load_image(source), expected)
 
 
-def test_damaged_exif_leaves_the_picture_as_it_is_stored() -> None:
-    data = encoded(Image.fromarray(RGB), exif=b"Exif\0\0nonsense")
+def test_damaged_exif_leaves_the_image_as_it_is_stored() -> None:
+    data = encode(Image.fromarray(RGB), exif=b"Exif\0\0nonsense")
     np.testing.assert_array_equal(load_image(data), RGB)
 
 
-def lab_of(rgb: tuple[int, int, int]) -> Image.Image:
+def make_lab(rgb: tuple[int, int, int]) -> Image.Image:
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
     )
@@ -130,7 +130,7 @@ def lab_of(rgb: tuple[int, int, int]) -> Image.Image:
         (Image.new("CMYK", (3, 2), (0, 255, 255, 0)), (255, 0, 0)),
         (Image.new("YCbCr", (3, 2), (76, 85, 255)), (254, 0, 0)),
         (Image.new("HSV", (3, 2), (0, 255, 200)), (200, 0, 0)),
-        (lab_of((200, 100, 50)), (200, 100, 50)),
+        (make_lab((200, 100, 50)), (200, 100, 50)),
         (Image.new("LA", (3, 2), (0, 51)), (204, 204, 204)),
         (Image.new("La", (3, 2), (0, 51)), (204, 204, 204)),
         (Image.new("RGBA", (3, 2), (255, 0, 0, 51)), (255, 204, 204)),
@@ -149,17 +149,17 @@ def test_every_mode_becomes_rgb(image: Image.Image, colour: tuple[int, int, int]
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_cmyk_files_keep_their_colours(format: str) -> None:
     options: dict[str, Any] = {"quality": 100} if format == "JPEG" else {}
-    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), format, **options)
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), format, **options)
     assert np.abs(load_image(data).astype(int) - (255, 0, 0)).max() <= 2
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0])], ids=["index", "bytes"])
-def test_palette_transparency_is_laid_on_white(transparency: int | bytes) -> None:
+def test_palettes_with_transparency_are_laid_on_white(transparency: int | bytes) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    assert load_image(encoded(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-    data = encoded(image, transparency=transparency)
+    assert load_image(encode(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    data = encode(image, transparency=transparency)
     assert load_image(data).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
@@ -167,25 +167,26 @@ def test_palette_transparency_is_laid_on_white(transparency: int | bytes) -> Non
 def test_a_transparent_colour_is_laid_on_white(mode: str, key: Any) -> None:
     image = Image.new(mode, (2, 1), key)
     image.putpixel((1, 0), 100 if mode == "L" else (100, 100, 100))
-    data = encoded(image, transparency=key)
+    data = encode(image, transparency=key)
     assert load_image(data).tolist() == [[[255] * 3, [100] * 3]]
 
 
 def test_alpha_is_laid_on_white_with_rounding() -> None:
-    expected = on_white(RGBA)
-    for source in (RGBA, Image.fromarray(RGBA), encoded(Image.fromarray(RGBA))):
+    expected = blend_with_white(RGBA)
+    for source in (RGBA, Image.fromarray(RGBA), encode(Image.fromarray(RGBA))):
         np.testing.assert_array_equal(load_image(source), expected)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_16_bit_files_keep_their_range(format: str) -> None:
-    data = encoded(Image.fromarray(GREY16), format)
+    data = encode(Image.fromarray(GREY16), format)
     for source in (data, Image.open(io.BytesIO(data)).convert("I")):
         np.testing.assert_array_equal(load_image(source), np.stack([GREY16_AS_8] * 3, 2))
 
 
-def test_big_endian_16_bit_is_not_mixed_up() -> None:
-    image = Image.frombytes("I;16B", (4, 2), GREY16.astype(">u2").tobytes())
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
+def test_byte_orders_of_16_bit_are_not_mixed_up(mode: str, dtype: str) -> None:
+    image = Image.frombytes(mode, (4, 2), GREY16.astype(dtype).tobytes())
     np.testing.assert_array_equal(load_image(image)[..., 0], GREY16_AS_8)
 
 
@@ -194,25 +195,34 @@ def test_32_bit_numbers_outside_16_bits_are_refused_with_their_range() -> None:
     assert "from -5 to 70000" in refusal(InputError, image)
 
 
+def test_a_transparent_value_of_16_bits_is_laid_on_white() -> None:
+    header = struct.pack(">IIBBBBB", 4, 1, 16, 0, 0, 0, 0)
+    row = np.array([0, 257, 40000, 65535], ">u2").tobytes()
+    data = PNG[:8] + chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", 40000))
+    data += chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    for source in (data, Image.open(io.BytesIO(data)).convert("I")):
+        assert load_image(source)[0, :, 0].tolist() == [0, 1, 255, 255]
+
+
 @pytest.mark.parametrize(
     ("format", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
 )
 def test_the_first_frame_is_taken(format: str, options: dict[str, Any]) -> None:
     red, blue = (Image.new("RGB", (4, 3), colour) for colour in ("red", "blue"))
-    data = encoded(red, format, save_all=True, append_images=[blue], **options)
+    data = encode(red, format, save_all=True, append_images=[blue], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
     np.testing.assert_array_equal(load_image(data), np.asarray(red))
 
 
 def test_the_photographs_of_telephones_are_read() -> None:
     near, far = (Image.new("RGB", (16, 16), colour) for colour in ("white", "black"))
-    data = encoded(near, "MPO", save_all=True, append_images=[far])
+    data = encode(near, "MPO", save_all=True, append_images=[far])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert load_image(data).min() >= 254
 
 
 def test_one_pixel_is_an_image() -> None:
-    for source in (np.zeros((1, 1), np.uint8), encoded(Image.new("1", (1, 1)))):
+    for source in (np.zeros((1, 1), np.uint8), encode(Image.new("1", (1, 1)))):
         assert load_image(source).tolist() == [[[0, 0, 0]]]
 
 
@@ -223,9 +233,9 @@ def test_one_pixel_is_an_image() -> None:
         (RGB[..., :1], np.stack([RGB[..., 0]] * 3, 2)),
         (np.asfortranarray(RGB), RGB),
         (RGB[::-1, ::2], RGB[::-1, ::2]),
-        (np.asfortranarray(RGBA), on_white(RGBA)),
-        (RGBA.astype(np.uint16) * 257, on_white(RGBA)),
-        (RGBA / 255, on_white(RGBA)),
+        (np.asfortranarray(RGBA), blend_with_white(RGBA)),
+        (RGBA.astype(np.uint16) * 257, blend_with_white(RGBA)),
+        (RGBA / 255, blend_with_white(RGBA)),
         (GREY16, np.stack([GREY16_AS_8] * 3, 2)),
         (GREY16.astype(">u2"), np.stack([GREY16_AS_8] * 3, 2)),
         (np.array([[True, False]]), [[[255] * 3, [0] * 3]]),
@@ -274,7 +284,7 @@ def png_with_header(width: int, height: int) -> bytes:
 def png_with_text(size: int) -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", " " * size, zip=True)
-    return encoded(Image.fromarray(RGB), pnginfo=info)
+    return encode(Image.fromarray(RGB), pnginfo=info)
 
 
 @pytest.mark.parametrize(
@@ -286,11 +296,11 @@ def png_with_text(size: int) -> bytes:
         (PNG[:20], "damaged"),
         (PNG[:-40], "damaged or cut short"),
         (PNG[:60] + b"\xff" + PNG[61:], "damaged or cut short"),
-        (encoded(Image.fromarray(smooth(64, 64)), "JPEG")[:-300], "damaged or cut short"),
-        (encoded(Image.fromarray(smooth(64, 64)), "WEBP")[:-100], "damaged"),
-        (encoded(Image.fromarray(smooth(64, 64)), "TIFF")[:500], "damaged"),
-        (encoded(Image.fromarray(smooth(64, 64)), "BMP")[:-500], "damaged or cut short"),
-        (encoded(Image.fromarray(RGB), "ICO"), "is no image in PNG"),
+        (encode(Image.fromarray(smooth(64, 64)), "JPEG")[:-300], "damaged or cut short"),
+        (encode(Image.fromarray(smooth(64, 64)), "WEBP")[:-100], "damaged"),
+        (encode(Image.fromarray(smooth(64, 64)), "TIFF")[:500], "damaged"),
+        (encode(Image.fromarray(smooth(64, 64)), "BMP")[:-500], "damaged or cut short"),
+        (encode(Image.fromarray(RGB), "ICO"), "is no image in PNG"),
         (png_with_text(2**21), "damaged or cut short (Decompressed"),
         (png_with_header(12_000, 10_000), "12000 x 10000 pixels, more than 100,000,000"),
         (png_with_header(50_000, 50_000), "2500000000 pixels"),
@@ -298,7 +308,7 @@ def png_with_text(size: int) -> bytes:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_files_give_one_clear_line(data: bytes, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     for source in (data, path):
         assert words in refusal(InputError, source)
@@ -306,12 +316,12 @@ def test_bad_files_give_one_clear_line(data: bytes, words: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("format", images.FORMATS)
 def test_random_damage_never_shows_an_error_of_the_decoder(format: str) -> None:
-    whole = encoded(Image.fromarray(smooth(24, 40)), format)
+    whole = encode(Image.fromarray(smooth(24, 40)), format)
     random = np.random.default_rng(1)
     for _ in range(40):
         data = np.frombuffer(whole, np.uint8).copy()
-        places = random.integers(0, min(len(data), 300), 3)
-        data[places] = random.integers(0, 256, 3)
+        positions = random.integers(0, min(len(data), 300), 3)
+        data[positions] = random.integers(0, 256, 3)
         with contextlib.suppress(InputError):
             load_image(data[: random.integers(1, len(data) + 1)].tobytes(), max_pixels=10**6)
 
@@ -344,17 +354,17 @@ def test_an_unreadable_file_is_a_source_error(
 
 
 def test_limits_hold_at_their_exact_value(tmp_path: Path, loopback: LoopbackServer) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(PNG)
-    url = loopback.add("/picture.png", PNG)
+    url = loopback.add("/image.png", PNG)
     for source in (path, url, PNG):
         load_image(source, max_bytes=len(PNG), max_pixels=35, allow_private=True)
         assert "max_bytes" in refusal(
             InputError, source, max_bytes=len(PNG) - 1, allow_private=True
         )
-    for picture in (PNG, RGB, Image.fromarray(RGB)):
-        load_image(picture, max_pixels=35)
-        assert "max_pixels" in refusal(InputError, picture, max_pixels=34)
+    for source in (PNG, RGB, Image.fromarray(RGB)):
+        load_image(source, max_pixels=35)
+        assert "max_pixels" in refusal(InputError, source, max_pixels=34)
 
 
 @pytest.mark.parametrize("limit", ["max_pixels", "max_bytes", "timeout"])
@@ -363,7 +373,7 @@ def test_a_limit_of_nothing_is_refused(limit: str) -> None:
         load_image(PNG, **{limit: 0})  # type: ignore[arg-type]
 
 
-def test_a_picture_above_pillows_warning_is_read_without_one(
+def test_an_image_above_pillows_warning_is_read_without_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)

@@ -54,9 +54,7 @@ SEGMENT = [
 ORDER = [
     "labkit.runtime",
     "labkit.runtime",
-    "labkit.transfer",
     "labkit.files",
-    "labkit.web",
     "labkit.images",
     "labkit.drawing",
     "labkit.scenes",

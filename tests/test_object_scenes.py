@@ -1,4 +1,4 @@
-"""Pictures of several objects: what is drawn, held against polygons, colour names and the words."""
+"""Images of several objects: what is drawn, held against polygons, colour names and the words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from labkit.object_scenes import (
 )
 from labkit.runtime import InputError
 
-SIDE = 128
+IMAGE_SIZE = 128
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
@@ -49,12 +49,12 @@ def clips() -> list[Clip]:
     return [make_object_clip(number, seed=EVALUATION_SEED) for number in range(24)]
 
 
-def things(scenes: list[Scene]) -> list[tuple[NDArray[np.uint8], Mask, SceneObject]]:
-    """Image, mask and looks of every object."""
+def list_objects(scenes: list[Scene]) -> list[tuple[NDArray[np.uint8], Mask, SceneObject]]:
+    """Image, mask and attributes of every object."""
     return [
-        (scene.image, mask, looks)
+        (scene.image, mask, scene_object)
         for scene in scenes
-        for mask, looks in zip(scene.masks, scene.objects, strict=True)
+        for mask, scene_object in zip(scene.masks, scene.objects, strict=True)
     ]
 
 
@@ -74,14 +74,14 @@ def corners(shape: str) -> tuple[Floats, Floats]:
 
 def full_areas(number: int, seed: int) -> list[Mask]:
     """Each object of a scene as if alone, filled by scikit-image from its corners."""
-    placed, _ = object_scenes._layout(object_scenes._scene_key(number, seed, SIDE), SIDE)
+    key = object_scenes._make_scene_key(number, seed, IMAGE_SIZE)
     areas = []
-    for thing in placed:
-        x, y = corners(thing.looks.shape)
-        cosine, sine = math.cos(thing.angle), math.sin(thing.angle)
-        columns = (SIDE - 1) / 2 + thing.x + thing.radius * (x * cosine - y * sine)
-        rows = (SIDE - 1) / 2 - thing.y - thing.radius * (x * sine + y * cosine)
-        area = np.zeros((SIDE, SIDE), dtype=bool)
+    for placed in object_scenes._place_objects(key, IMAGE_SIZE):
+        x, y = corners(placed.scene_object.shape)
+        cosine, sine = math.cos(placed.angle), math.sin(placed.angle)
+        columns = (IMAGE_SIZE - 1) / 2 + placed.x + placed.radius * (x * cosine - y * sine)
+        rows = (IMAGE_SIZE - 1) / 2 - placed.y - placed.radius * (x * sine + y * cosine)
+        area = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         area[polygon(rows, columns, area.shape)] = True
         areas.append(area)
     return areas
@@ -92,17 +92,17 @@ def areas(scenes: list[Scene]) -> list[list[Mask]]:
     return [full_areas(number, EVALUATION_SEED) for number in range(len(scenes))]
 
 
-def whole(mask: Mask) -> bool:
-    """Whether `mask` stays clear of the border."""
+def is_whole(mask: Mask) -> bool:
+    """Whether `mask` does not touch the border."""
     return not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
 
 
-@pytest.mark.parametrize("side", [64, 128, 200])
-def test_scenes_have_the_promised_form(side: int) -> None:
-    scene = draw(7, side=side)
+@pytest.mark.parametrize("image_size", [64, 128, 200])
+def test_scenes_have_the_promised_form(image_size: int) -> None:
+    scene = draw(7, image_size=image_size)
     count = len(scene.objects)
-    assert scene.image.shape == (side, side, 3) and scene.image.dtype == np.uint8
-    assert scene.masks.shape == (count, side, side) and scene.masks.dtype == np.bool_
+    assert scene.image.shape == (image_size, image_size, 3) and scene.image.dtype == np.uint8
+    assert scene.masks.shape == (count, image_size, image_size) and scene.masks.dtype == np.bool_
     assert scene.image.min() < 60 and scene.image.max() > 190
 
 
@@ -128,7 +128,7 @@ def test_no_two_scenes_are_alike_whatever_the_purpose() -> None:
 
 def test_evaluation_scenes_stay_what_they_were(scenes: list[Scene]) -> None:
     # Models were trained and measured on such scenes; other random numbers would make it all new.
-    assert [looks.sentences[-1] for looks in scenes[0].objects] == [
+    assert [scene_object.sentences[-1] for scene_object in scenes[0].objects] == [
         "red striped star",
         "green dotted square",
         "green dotted triangle",
@@ -138,12 +138,14 @@ def test_evaluation_scenes_stay_what_they_were(scenes: list[Scene]) -> None:
     assert scenes[1].image.mean() == pytest.approx(100.44, abs=0.1)
 
 
-def test_every_look_and_number_of_objects_is_about_equally_frequent(scenes: list[Scene]) -> None:
-    looks = [looks for scene in scenes for looks in scene.objects]
+def test_attributes_and_numbers_of_objects_are_about_equally_frequent(
+    scenes: list[Scene],
+) -> None:
+    objects = [scene_object for scene in scenes for scene_object in scene.objects]
     for words, choices in (
-        ([one.shape for one in looks], SCENE_SHAPES),
-        ([one.colour for one in looks], tuple(SCENE_COLOURS)),
-        ([one.pattern for one in looks], SCENE_PATTERNS),
+        ([scene_object.shape for scene_object in objects], SCENE_SHAPES),
+        ([scene_object.colour for scene_object in objects], tuple(SCENE_COLOURS)),
+        ([scene_object.pattern for scene_object in objects], SCENE_PATTERNS),
         ([str(len(scene.objects)) for scene in scenes], ("2", "3", "4", "5")),
     ):
         counts = Counter(words)
@@ -157,7 +159,7 @@ def test_masks_are_what_later_polygons_leave_of_each_polygon(
 ) -> None:
     for scene, alone in zip(scenes, areas, strict=True):
         assert scene.masks.sum(axis=0).max() == 1
-        covered = np.zeros((SIDE, SIDE), dtype=bool)
+        covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         for mask, area in zip(scene.masks[::-1], alone[::-1], strict=True):
             assert (mask ^ (area & ~covered)).sum() <= 0.02 * area.sum()
             covered |= area
@@ -184,7 +186,7 @@ def test_shapes_have_the_moments_of_their_names_and_only_stars_are_hollow(
     seen = Counter[str]()
     for scene in scenes:
         mask, shape = scene.masks[-1], scene.objects[-1].shape  # nothing is before it
-        if not whole(mask):
+        if not is_whole(mask):
             continue
         seen[shape] += 1
         (region,) = regionprops(mask.astype(np.int32))
@@ -200,18 +202,18 @@ def test_shapes_have_the_moments_of_their_names_and_only_stars_are_hollow(
 def test_plain_objects_have_the_colour_of_their_name(scenes: list[Scene]) -> None:
     named = np.array([ImageColor.getrgb(name) for name in SCENE_COLOURS], dtype=float)
     named /= np.linalg.norm(named, axis=1, keepdims=True)  # hue and saturation, not brightness
-    plain = [thing for thing in things(scenes) if thing[2].pattern == "plain"]
+    plain = [row for row in list_objects(scenes) if row[2].pattern == "plain"]
     assert len(plain) > 100
-    for image, mask, looks in plain:
+    for image, mask, scene_object in plain:
         nearest = (named @ np.median(image[mask], axis=0)).argmax()
-        assert tuple(SCENE_COLOURS)[nearest] == looks.colour
+        assert tuple(SCENE_COLOURS)[nearest] == scene_object.colour
 
 
 def test_only_plain_objects_are_of_one_colour(scenes: list[Scene]) -> None:
-    for image, mask, looks in things(scenes):
+    for image, mask, scene_object in list_objects(scenes):
         inside = image[ndimage.binary_erosion(mask, iterations=2)].astype(float)
         darkest, brightest = np.percentile(inside, (5, 95), axis=0)
-        assert ((brightest - darkest).max() < 60) == (looks.pattern == "plain")
+        assert ((brightest - darkest).max() < 60) == (scene_object.pattern == "plain")
 
 
 def test_an_object_is_named_by_four_sentences() -> None:
@@ -238,52 +240,52 @@ def test_every_sentence_is_either_present_or_absent(scenes: list[Scene]) -> None
 
 def test_a_sentence_names_the_objects_that_have_all_its_words(scenes: list[Scene]) -> None:
     for scene in scenes[:40]:
-        looks = [{one.shape, one.colour, one.pattern} for one in scene.objects]
+        attributes = [set(scene_object.sentences[-1].split()) for scene_object in scene.objects]
         for sentence in SCENE_SENTENCES:
-            right = [index for index, words in enumerate(looks) if set(sentence.split()) <= words]
-            np.testing.assert_array_equal(scene.named(sentence), scene.masks[right])
+            right = [n for n, words in enumerate(attributes) if set(sentence.split()) <= words]
+            np.testing.assert_array_equal(scene.masks_of(sentence), scene.masks[right])
             assert (sentence in scene.present) == bool(right)
-    assert scenes[0].named("elephant").shape == (0, SIDE, SIDE)
+    assert scenes[0].masks_of("elephant").shape == (0, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def gaps(sentence: str) -> set[tuple[str, ...]]:
     """The sentence with one word left open, in every way."""
     words = sentence.split()
-    return {(*words[:place], "", *words[place + 1 :]) for place in range(len(words))}
+    return {(*words[:index], "", *words[index + 1 :]) for index in range(len(words))}
 
 
-def test_questions_are_true_ones_then_near_misses_then_other_false_ones(
+def test_sampled_sentences_are_true_ones_then_near_misses_then_other_false_ones(
     scenes: list[Scene],
 ) -> None:
     for number, scene in enumerate(scenes):
-        asked = scene.questions(number)
-        assert asked == draw(number).questions(number)
+        asked = scene.sample_sentences(number)
+        assert asked == draw(number).sample_sentences(number)
         assert len(set(asked)) == 6
         assert set(asked[:3]) <= set(scene.present) and set(asked[3:]) <= set(scene.absent)
         true = {gap for sentence in scene.present for gap in gaps(sentence)}
         assert all(gaps(sentence) & true for sentence in asked[3:5])
-    assert len({scenes[0].questions(seed) for seed in range(20)}) > 15
+    assert len({scenes[0].sample_sentences(seed) for seed in range(20)}) > 15
 
 
-def test_questions_come_in_the_numbers_asked_for_while_there_are_any(scenes: list[Scene]) -> None:
+def test_sentences_come_in_the_numbers_asked_for_while_there_are_any(scenes: list[Scene]) -> None:
     scene = scenes[0]
-    assert scene.questions(0, present=0, absent=0) == ()
-    assert len(scene.questions(0, present=1, absent=5)) == 6
-    everything = scene.questions(0, present=200, absent=200)
+    assert scene.sample_sentences(0, present=0, absent=0) == ()
+    assert len(scene.sample_sentences(0, present=1, absent=5)) == 6
+    everything = scene.sample_sentences(0, present=200, absent=200)
     count = len(scene.present)
     assert sorted(everything[:count]) == list(scene.present)
     assert sorted(everything[count:]) == list(scene.absent)
 
 
 def test_all_kinds_of_sentences_are_asked_for(scenes: list[Scene]) -> None:
-    asked = [scene.questions(number) for number, scene in enumerate(scenes)]
+    asked = [scene.sample_sentences(number) for number, scene in enumerate(scenes)]
     for part in (slice(0, 3), slice(3, 5), slice(5, 6)):
-        lengths = Counter(len(text.split()) for questions in asked for text in questions[part])
+        lengths = Counter(len(text.split()) for sentences in asked for text in sentences[part])
         assert set(lengths) == {1, 2, 3}
 
 
 def test_clips_have_the_promised_form() -> None:
-    clip = make_object_clip(2, seed=0, frames=3, side=64)
+    clip = make_object_clip(2, seed=0, frames=3, image_size=64)
     count = len(clip.objects)
     assert clip.frames.shape == (3, 64, 64, 3) and clip.frames.dtype == np.uint8
     assert clip.masks.shape == (3, count, 64, 64) and clip.masks.dtype == np.bool_
@@ -303,14 +305,14 @@ def test_a_frame_depends_on_its_time_alone(clips: list[Clip]) -> None:
         np.testing.assert_array_equal(short.masks, clips[number].masks[:4])
 
 
-def test_objects_move_steadily_anywhere_and_stay_in_the_picture(clips: list[Clip]) -> None:
+def test_objects_move_steadily_anywhere_and_stay_in_the_image(clips: list[Clip]) -> None:
     quadrants = set()
     for clip in clips:
         front = clip.masks[:, -1]  # nothing is before it
         centres = np.array([np.argwhere(mask).mean(axis=0) for mask in front])
         steps = np.diff(centres, axis=0)
         speeds = np.linalg.norm(steps, axis=1)
-        assert 0.009 * SIDE < np.median(speeds) < 0.036 * SIDE
+        assert 0.009 * IMAGE_SIZE < np.median(speeds) < 0.036 * IMAGE_SIZE
         quadrants.add(tuple(np.median(steps, axis=0) > 0))
         turns = np.linalg.norm(np.diff(steps, axis=0), axis=1)
         assert np.median(turns) < 0.4  # straight on, but for reflections
@@ -338,7 +340,7 @@ def test_objects_pass_behind_others_and_come_back(clips: list[Clip]) -> None:
     ("options", "words"),
     [
         ({"number": -1}, "number must be at least 0, got -1"),
-        ({"number": 0, "side": 63}, "side must be at least 64 pixels, got 63"),
+        ({"number": 0, "image_size": 63}, "image_size must be at least 64 pixels, got 63"),
     ],
 )
 def test_impossible_scenes_are_refused(options: dict[str, int], words: str) -> None:
@@ -348,14 +350,14 @@ def test_impossible_scenes_are_refused(options: dict[str, int], words: str) -> N
 
 
 def test_a_clip_has_a_frame_at_least() -> None:
-    assert len(make_object_clip(0, seed=0, frames=1, side=64).frames) == 1
+    assert len(make_object_clip(0, seed=0, frames=1, image_size=64).frames) == 1
     with pytest.raises(InputError, match="frames must be at least 1, got 0"):
         make_object_clip(0, seed=0, frames=0)
 
 
 def test_global_random_state_is_left_as_found() -> None:
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].copy()
-    draw(0).questions(0)
-    make_object_clip(0, seed=0, frames=2, side=64)
+    draw(0).sample_sentences(0)
+    make_object_clip(0, seed=0, frames=2, image_size=64)
     assert random.getstate() == python
     np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy)

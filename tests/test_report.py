@@ -35,7 +35,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def written(
+def write_page(
     folder: Path,
     *,
     title: str = "A run",
@@ -62,7 +62,7 @@ def written(
 def test_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script> & \"<b>\""
     page = Page(
-        written(
+        write_page(
             tmp_path,
             title=evil,
             note=evil,
@@ -76,7 +76,7 @@ def test_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
 
 
 def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
-    html = written(tmp_path, note="demo")
+    html = write_page(tmp_path, note="demo")
     page = Page(html)
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
@@ -90,26 +90,26 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
 def test_figures_are_embedded_with_alternative_text(tmp_path: Path) -> None:
     from PIL import Image
 
-    (image,) = Page(written(tmp_path)).all("img")
-    assert image["alt"] == "A diagonal"
-    kind, _, payload = image["src"].partition(",")
+    (tag,) = Page(write_page(tmp_path)).all("img")
+    assert tag["alt"] == "A diagonal"
+    kind, _, payload = tag["src"].partition(",")
     assert kind == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as picture:
-        picture.load()
-        assert picture.size == (384, 192)  # 2 × 1 inches, two device pixels for a CSS pixel
-    assert image["width"] == "192"
+    with Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as image:
+        image.load()
+        assert image.size == (384, 192)  # 2 × 1 inches, two device pixels for a CSS pixel
+    assert tag["width"] == "192"
 
 
 def test_banner_is_shown_only_with_a_note(tmp_path: Path) -> None:
-    assert not [p for p in Page(written(tmp_path)).all("p") if p.get("class") == "note"]
-    page = Page(written(tmp_path, note="demo: scenes"))
+    assert not [p for p in Page(write_page(tmp_path)).all("p") if p.get("class") == "note"]
+    page = Page(write_page(tmp_path, note="demo: scenes"))
     assert [p for p in page.all("p") if p.get("class") == "note"]
     assert "demo: scenes" in page.text
 
 
 def test_cells_are_written_for_people_and_numbers_stand_right(tmp_path: Path) -> None:
     rows = [("cat", 0.123456, 1000), ("dog", 123456.7, None)]
-    page = Page(written(tmp_path, tables={"Scores": Table(("class", "recall", "n"), rows)}))
+    page = Page(write_page(tmp_path, tables={"Scores": Table(("class", "recall", "n"), rows)}))
     assert page.text[-6:] == ["cat", "0.1235", "1000", "dog", "123457", "–"]
     assert [cell.get("class") for cell in page.all("th")] == [None, "number", "number"]
     assert [cell.get("class") for cell in page.all("td")][:3] == [None, "number", "number"]
@@ -126,7 +126,7 @@ def test_empty_report_is_a_page(tmp_path: Path) -> None:
 
 
 def test_same_input_gives_the_same_file(tmp_path: Path) -> None:
-    assert written(tmp_path / "a") == written(tmp_path / "b")
+    assert write_page(tmp_path / "a") == write_page(tmp_path / "b")
 
 
 def test_table_with_a_ragged_row_is_rejected() -> None:

@@ -124,14 +124,14 @@ class Room:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 17])
 def test_parts_cover_everything_in_order(count: int) -> None:
-    parts = run_in_parts(Room(4), count, size=4, what="things")
+    parts = run_in_parts(Room(4), count, size=4, what="images")
     assert [*chain(*parts)] == list(range(count))
     assert max(len(part) for part in parts) <= 4
 
 
 def test_nothing_to_do_gives_nothing() -> None:
     work = Room(4)
-    assert run_in_parts(work, 0, size=4, what="things") == []
+    assert run_in_parts(work, 0, size=4, what="images") == []
     assert work.asked == []
 
 

@@ -15,7 +15,7 @@ from labkit.runtime import InputError, use_seed
 from labkit.scenes import SCENE_CLASSES, make_classification_scenes
 
 
-def test_pictures_and_labels_have_the_promised_form() -> None:
+def test_images_and_labels_have_the_promised_form() -> None:
     images, labels = make_classification_scenes(130, seed=0)
     assert images.shape == (130, 32, 32, 3)
     assert images.dtype == np.uint8
@@ -26,7 +26,7 @@ def test_pictures_and_labels_have_the_promised_form() -> None:
     assert images.max() > 225
 
 
-def test_a_picture_depends_on_its_number_alone() -> None:
+def test_an_image_depends_on_its_number_alone() -> None:
     images, labels = make_classification_scenes(300, seed=5)
     for start, count in ((0, 50), (50, 250), (127, 2), (299, 1)):
         part, part_labels = make_classification_scenes(count, seed=5, start=start)
@@ -34,7 +34,7 @@ def test_a_picture_depends_on_its_number_alone() -> None:
         np.testing.assert_array_equal(part_labels, labels[start : start + count])
 
 
-def test_no_two_pictures_are_alike() -> None:
+def test_no_two_images_are_alike() -> None:
     images = np.concatenate([make_classification_scenes(500, seed=seed)[0] for seed in (-1, 0, 1)])
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
 
@@ -44,7 +44,7 @@ def test_seeds_give_other_orders_of_classes() -> None:
     assert len(orders) == 20
 
 
-def test_every_ten_pictures_hold_each_class_once() -> None:
+def test_every_ten_images_hold_each_class_once() -> None:
     _, labels = make_classification_scenes(200, seed=3, start=40)
     np.testing.assert_array_equal(np.sort(labels.reshape(-1, 10), axis=1), [np.arange(10)] * 20)
     assert len(np.unique(labels.reshape(-1, 10), axis=0)) == 20
@@ -102,9 +102,9 @@ def test_a_mirrored_shape_is_the_same_shape_turned(name: str) -> None:
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_coverage_adds_up_to_the_area(name: str, area: float, shift: float) -> None:
     radius = 10
-    x, y = drawing.pixel_grid(32)
+    x, y = drawing.make_pixel_grid(32)
     distance = drawing.SHAPES[name]((x + shift) / radius + 0 * y, (y - shift) / radius + 0 * x)
-    covered = drawing.coverage(distance * radius).sum() / radius**2
+    covered = drawing.compute_coverage(distance * radius).sum() / radius**2
     assert covered == pytest.approx(area, rel=0.02)
 
 
@@ -124,7 +124,7 @@ def small_network() -> nn.Module:
 
 
 def network_accuracy(images: drawing.Images, labels: NDArray[np.int64], train: int) -> float:
-    """Test accuracy on all but the first `train` pictures, after four passes over those."""
+    """Test accuracy on all but the first `train` images, after four epochs of training."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     targets = torch.from_numpy(labels)

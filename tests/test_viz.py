@@ -34,8 +34,10 @@ class Row:
     count: int = 3
 
 
-def images(count: int, side: int = 8) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def images(count: int, image_size: int = 8) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(
+        0, 256, (count, image_size, image_size, 3), dtype=np.uint8
+    )
 
 
 def history(epochs: int) -> list[dict[str, float]]:
@@ -61,7 +63,7 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
 }
 
 
-def words(figure: Figure) -> str:
+def read_texts(figure: Figure) -> str:
     """Every text of `figure`, with line breaks as spaces."""
     from matplotlib.text import Text
 
@@ -69,7 +71,7 @@ def words(figure: Figure) -> str:
     return " | ".join(t.get_text() for t in texts if isinstance(t, Text)).replace("\n", " ")
 
 
-def pixels(figure: Figure) -> NDArray[np.uint8]:
+def render(figure: Figure) -> NDArray[np.uint8]:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -77,16 +79,16 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def shown(figure: Figure) -> list[NDArray[Any]]:
-    return [np.asarray(picture.get_array()) for picture in figure.axes[0].get_images()]
+def get_arrays(figure: Figure) -> list[NDArray[Any]]:
+    return [np.asarray(image.get_array()) for image in figure.axes[0].get_images()]
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_note_is_on_the_figure_and_inside_it(name: str) -> None:
     bare, noted = FIGURES[name](""), FIGURES[name](NOTE)
-    assert NOTE not in words(bare)
-    assert NOTE in words(noted)
-    pixels(noted)
+    assert NOTE not in read_texts(bare)
+    assert NOTE in read_texts(noted)
+    render(noted)
     tag = noted.texts[-1].get_window_extent()
     assert tag.x0 >= 0 and tag.x1 <= noted.bbox.x1 and tag.y1 <= noted.bbox.y1
     assert all(axes.get_tightbbox().y1 <= tag.y0 for axes in noted.axes)
@@ -102,37 +104,37 @@ def test_figures_need_no_pyplot_and_neither_heed_nor_change_settings(
         return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    plain = pixels(FIGURES[name](""))
+    plain = render(FIGURES[name](""))
     dark = {"axes.facecolor": "black", "text.color": "white", "axes.labelcolor": "white"}
     with matplotlib.rc_context({**dark, "xtick.color": "white", "ytick.color": "white"}):
         before = settings()
-        np.testing.assert_array_equal(pixels(FIGURES[name]("")), plain)
+        np.testing.assert_array_equal(render(FIGURES[name]("")), plain)
         assert settings() == before
 
 
 def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
     given = images(5)
     figure = viz.plot_images(given, list("abcde"), columns=3)
-    np.testing.assert_array_equal(np.stack(shown(figure)), given)
+    np.testing.assert_array_equal(np.stack(get_arrays(figure)), given)
     drawn = figure.axes[0].get_images()
-    assert {picture.get_interpolation() for picture in drawn} == {"nearest"}
-    left = [picture.get_extent()[0] for picture in drawn]
+    assert {image.get_interpolation() for image in drawn} == {"nearest"}
+    left = [image.get_extent()[0] for image in drawn]
     assert left[0] == left[3] < left[1] == left[4] < left[2]
     centres = {t.get_text(): t.get_position()[0] for t in figure.axes[0].texts}
     assert centres["b"] == pytest.approx(sum(drawn[1].get_extent()[:2]) / 2)
 
 
 def test_nothing_to_show_is_a_figure_and_no_error() -> None:
-    assert "nothing to show" in words(viz.plot_images(images(0)))
-    assert "nothing to show" in words(viz.plot_mistakes(images(0), [], [], [], CLASSES))
-    pixels(viz.plot_attention(images(0), np.zeros((0, 4, 4))))
-    pixels(viz.plot_augmentations(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
-    pixels(viz.plot_reliability([], 0.0))
-    pixels(viz.plot_class_scores([]))
+    assert "nothing to show" in read_texts(viz.plot_images(images(0)))
+    assert "nothing to show" in read_texts(viz.plot_mistakes(images(0), [], [], [], CLASSES))
+    render(viz.plot_attention(images(0), np.zeros((0, 4, 4))))
+    render(viz.plot_augmentations(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
+    render(viz.plot_reliability([], 0.0))
+    render(viz.plot_class_scores([]))
 
 
 def test_mistakes_say_true_class_predicted_class_and_confidence() -> None:
-    said = words(FIGURES["mistakes"]("")).replace("\u00a0", " ")
+    said = read_texts(FIGURES["mistakes"]("")).replace("\u00a0", " ")
     assert "cat → dog (97 %)" in said
     assert "dog → frog (60 %)" in said
 
@@ -155,7 +157,7 @@ def test_curves_have_markers_only_for_few_epochs() -> None:
 
 def test_confusion_is_coloured_by_row_share_and_counted_up_to_twenty_classes() -> None:
     figure = viz.plot_confusion_matrix([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
-    np.testing.assert_allclose(shown(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
+    np.testing.assert_allclose(get_arrays(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
     assert [t.get_text() for t in figure.axes[0].texts] == list("310000055")
     many = viz.plot_confusion_matrix(np.eye(21, dtype=int), [str(n) for n in range(21)])
     assert not many.axes[0].texts
@@ -182,22 +184,22 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
     heat = np.zeros((1, 4, 4))
     heat[0, 1, 2] = 1.0
     grey = np.full((1, 8, 8, 3), 128, dtype=np.uint8)
-    (tile,) = shown(viz.plot_attention(grey, heat))
-    side = tile.shape[1]
-    assert (tile[:side] == 128).all()
-    overlay = tile[-side:].astype(int).sum(axis=2)
+    (tile,) = get_arrays(viz.plot_attention(grey, heat))
+    size = tile.shape[1]
+    assert (tile[:size] == 128).all()
+    overlay = tile[-size:].astype(int).sum(axis=2)
     row, column = np.unravel_index(overlay.argmax(), overlay.shape)
-    assert (row * 4 // side, column * 4 // side) == (1, 2)
+    assert (row * 4 // size, column * 4 // size) == (1, 2)
     assert np.abs(np.diff(overlay, axis=0)).max() < 0.1 * np.ptp(overlay)
 
 
 def test_augmented_variants_stand_right_of_their_original() -> None:
-    original, variants = images(2), images(6, side=8).reshape(2, 3, 8, 8, 3)
+    original, variants = images(2), images(6).reshape(2, 3, 8, 8, 3)
     figure = viz.plot_augmentations(original, variants)
-    rows = np.stack(shown(figure)).reshape(2, 4, 8, 8, 3)
+    rows = np.stack(get_arrays(figure)).reshape(2, 4, 8, 8, 3)
     np.testing.assert_array_equal(rows[:, 0], original)
     np.testing.assert_array_equal(rows[:, 1:], variants)
-    extents = [picture.get_extent() for picture in figure.axes[0].get_images()]
+    extents = [image.get_extent() for image in figure.axes[0].get_images()]
     assert len({extent[2] for extent in extents[:4]}) == 1
     assert extents[1][0] - extents[0][1] > extents[2][0] - extents[1][1]
 

@@ -1,8 +1,9 @@
-"""Train the tiny CLIPSeg on scenes: first what each patch shows, then what a sentence names.
+"""Train the tiny CLIPSeg on scenes: first the attributes of each patch, then masks of sentences.
 
     python training/train_clipseg.py --out runs/training/clipseg
 
-Interrupted, the same command goes on. `labkit/assets/clipseg-tiny` then gets the averaged weights.
+After an interruption the same command resumes. At the end the averaged weights are written to
+`labkit/assets/clipseg-tiny`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loop import TrainingLoop, parse_options
 from scene_cache import SceneCache
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trainer import Trainer, options
 from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     ViTImageProcessor,
 )
-from vocabulary import LONGEST, STRANGERS, TEMPLATES, tokenizer
+from vocabulary import MAX_TOKENS, OTHER_NOUNS, TEMPLATES, create_tokenizer
 
 from labkit.object_scenes import (
     CALIBRATION_SEED,
@@ -37,43 +38,46 @@ from labkit.object_scenes import (
 
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE, PATCH = 112, 8
-GRID = SIDE // PATCH
-KINDS = (SCENE_SHAPES, tuple(SCENE_COLOURS), SCENE_PATTERNS)
-WARM_UP = 0.25  # share of the steps in which the tower alone is trained
-STRANGE = 12  # sentences a step that name nothing of this world
+IMAGE_SIZE, PATCH_SIZE = 112, 8
+GRID = IMAGE_SIZE // PATCH_SIZE
+ATTRIBUTES = (SCENE_SHAPES, tuple(SCENE_COLOURS), SCENE_PATTERNS)
+WARM_UP = 0.25  # share of the steps that train the image encoder alone
+NUM_FOREIGN = 12  # sentences in a step that name nothing that scenes show
 
 
-def sentence_table() -> torch.Tensor:
-    """Numbers (S, 3) of shape, colour and pattern in each of SCENE_SENTENCES; -1 where unsaid."""
+def make_sentence_table() -> torch.Tensor:
+    """Return the indices (S, 3) of shape, colour and pattern in each of SCENE_SENTENCES.
+
+    An attribute that a sentence does not name has the index -1.
+    """
     table = torch.full((len(SCENE_SENTENCES), 3), -1)
     for row, sentence in enumerate(SCENE_SENTENCES):
-        for column, kind in enumerate(KINDS):
-            for word in set(sentence.split()) & set(kind):
-                table[row, column] = kind.index(word)
+        for column, words in enumerate(ATTRIBUTES):
+            for word in set(sentence.split()) & set(words):
+                table[row, column] = words.index(word)
     return table
 
 
-def configuration(vocabulary: int, end: int) -> CLIPSegConfig:
-    """A CLIPSeg of about 1.7 million weights for 112-pixel pictures."""
+def create_config(vocab_size: int, end_token: int) -> CLIPSegConfig:
+    """Return the configuration of a CLIPSeg with about 1.7 million weights for 112-pixel images."""
     text = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hidden_size": 96,
         "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": LONGEST,
-        "bos_token_id": end - 1,
-        "eos_token_id": end,
-        "pad_token_id": end,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": end_token - 1,
+        "eos_token_id": end_token,
+        "pad_token_id": end_token,
     }
     vision = {
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
-        "image_size": SIDE,
-        "patch_size": PATCH,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
     }
     return CLIPSegConfig(
         text_config=text,
@@ -87,221 +91,239 @@ def configuration(vocabulary: int, end: int) -> CLIPSegConfig:
     )
 
 
-class Network(nn.Module):
-    """CLIPSeg with auxiliary heads: what each patch shows, and where its object's middle is."""
+class CLIPSegWithHeads(nn.Module):
+    """CLIPSeg with auxiliary heads for each patch: attributes and offset to the object's centre."""
 
     def __init__(self, config: CLIPSegConfig) -> None:
         super().__init__()
         self.clipseg = CLIPSegForImageSegmentation(config)
-        width = config.vision_config.hidden_size
-        self.heads = nn.ModuleList([nn.Linear(width, len(kind) + 1) for kind in KINDS])
-        self.offset = nn.Linear(width, 2)
-        _start_near(self.clipseg)
+        embed_dim = config.vision_config.hidden_size
+        self.heads = nn.ModuleList([nn.Linear(embed_dim, len(a) + 1) for a in ATTRIBUTES])
+        self.offset = nn.Linear(embed_dim, 2)
+        _init_local_attention(self.clipseg)
 
-    def vision(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs (B, 1 + T, width) of the layers that the decoder reads."""
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs (B, 1 + T, embed_dim) of the layers that the decoder reads."""
         outputs = self.clipseg.clip.vision_model(images, output_hidden_states=True)
         return tuple(outputs.hidden_states[i + 1] for i in self.clipseg.extract_layers)
 
-    def sentences(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Embeddings (S, projection) of token numbers (S, L)."""
-        return self.clipseg.clip.get_text_features(ids, attention_mask=mask).pooler_output
+    def encode_sentences(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (S, projection) of sentences as tokens (S, L)."""
+        return self.clipseg.clip.get_text_features(tokens, attention_mask=mask).pooler_output
 
-    def decode(self, layers: tuple[torch.Tensor, ...], condition: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K, 112, 112) for K embedded sentences (B, K, projection) an image."""
-        each = condition.shape[1]
-        expanded = tuple(layer.repeat_interleave(each, 0) for layer in layers)
-        logits = self.clipseg.decoder(expanded, condition.flatten(0, 1)).logits
-        return logits.view(-1, each, SIDE, SIDE)
+    def decode(self, layers: tuple[torch.Tensor, ...], embedded: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, K, 112, 112) for K embedded sentences (B, K, projection) an image."""
+        count = embedded.shape[1]
+        repeated = tuple(layer.repeat_interleave(count, 0) for layer in layers)
+        logits = self.clipseg.decoder(repeated, embedded.flatten(0, 1)).logits
+        return logits.view(-1, count, IMAGE_SIZE, IMAGE_SIZE)
 
 
 @torch.no_grad()
-def _start_near(clipseg: nn.Module) -> None:
-    """Begin with attention to near patches: sine positions, and queries equal to keys.
+def _init_local_attention(clipseg: nn.Module) -> None:
+    """Let attention begin with near patches: sine positions, and queries equal to keys.
 
-    After Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023.
+    Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023.
     """
-    tower = clipseg.clip.vision_model
-    width = tower.embeddings.position_embedding.weight.shape[1]
-    rates = math.pi / 2 * torch.logspace(0, -3, width // 4, base=2)
-    place = torch.arange(GRID)[:, None] * rates
-    waves = torch.cat([place.sin(), place.cos()], 1)  # (grid, width / 2)
+    encoder = clipseg.clip.vision_model
+    embed_dim = encoder.embeddings.position_embedding.weight.shape[1]
+    frequencies = math.pi / 2 * torch.logspace(0, -3, embed_dim // 4, base=2)
+    phases = torch.arange(GRID)[:, None] * frequencies
+    waves = torch.cat([phases.sin(), phases.cos()], 1)  # (grid, embed_dim / 2)
     rows = waves[:, None].expand(GRID, GRID, -1)
-    both = torch.cat([rows, rows.transpose(0, 1)], -1).reshape(GRID * GRID, width)
-    tower.embeddings.position_embedding.weight[1:] = 0.5 * both
-    for layer in tower.encoder.layers:
+    positions = torch.cat([rows, rows.transpose(0, 1)], -1).reshape(GRID * GRID, embed_dim)
+    encoder.embeddings.position_embedding.weight[1:] = 0.5 * positions
+    for layer in encoder.encoder.layers:
         attention = layer.self_attn
-        size = width // attention.num_heads
+        head_dim = embed_dim // attention.num_heads
         for head in range(attention.num_heads):
-            rows_ = slice(head * size, (head + 1) * size)
-            basis = torch.linalg.qr(torch.randn(width, size)).Q.T
-            attention.q_proj.weight[rows_] = basis + 0.02 * torch.randn_like(basis)
-            attention.k_proj.weight[rows_] = basis + 0.02 * torch.randn_like(basis)
+            part = slice(head * head_dim, (head + 1) * head_dim)
+            basis = torch.linalg.qr(torch.randn(embed_dim, head_dim)).Q.T
+            attention.q_proj.weight[part] = basis + 0.02 * torch.randn_like(basis)
+            attention.k_proj.weight[part] = basis + 0.02 * torch.randn_like(basis)
 
 
 class Batches:
-    """Pictures turned and mirrored at random, with sentences and what each names."""
+    """Batches of images, turned and mirrored at random, and sentences for them."""
 
-    def __init__(self, cache: SceneCache, pictures: int) -> None:
-        self._cache, self._pictures = cache, pictures
-        self._table = sentence_table()
-        said = (self._table >= 0).sum(1)
-        form = said * 2 + (self._table[:, 1] >= 0)
+    def __init__(self, cache: SceneCache, batch_size: int) -> None:
+        self._cache, self._batch_size = cache, batch_size
+        self._table = make_sentence_table()
+        num_words = (self._table >= 0).sum(1)
+        form = num_words * 2 + (self._table[:, 1] >= 0)
         self._form_weight = 1.0 / torch.bincount(form)[form]
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (B, 3, 112, 112), coverage (B, 5, 128, 128) and looks (B, 5, 3) of objects."""
+        """Return images (B, 3, 112, 112), masks (B, 5, 128, 128) and attributes (B, 5, 3)."""
         rng = np.random.default_rng([step, 2])
-        chosen = np.sort(rng.integers(len(self._cache), size=self._pictures))
+        chosen = np.sort(rng.integers(len(self._cache), size=self._batch_size))
         images = torch.from_numpy(self._cache.images[chosen]).permute(0, 3, 1, 2).float() / 255
-        owners = torch.from_numpy(self._cache.owners[chosen])
-        looks = torch.from_numpy(self._cache.looks[chosen]).long()
+        index_maps = torch.from_numpy(self._cache.index_maps[chosen])
+        attributes = torch.from_numpy(self._cache.attributes[chosen]).long()
         turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        images, owners = (torch.rot90(x, turns, (-2, -1)) for x in (images, owners))
+        images, index_maps = (torch.rot90(x, turns, (-2, -1)) for x in (images, index_maps))
         if mirror:
-            images, owners = images.flip(-1), owners.flip(-1)
+            images, index_maps = images.flip(-1), index_maps.flip(-1)
         light = torch.from_numpy(rng.uniform(0.85, 1.15, (len(images), 3, 1, 1))).float()
         images = (images * light).clamp(0, 1)
-        images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+        images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear", antialias=True)
         images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        masks = owners[:, None] == torch.arange(1, 6, dtype=torch.uint8).view(1, 5, 1, 1)
-        return images, masks.float(), looks
+        masks = index_maps[:, None] == torch.arange(1, 6, dtype=torch.uint8).view(1, 5, 1, 1)
+        return images, masks.float(), attributes
 
-    def questions(
-        self, looks: torch.Tensor, each: int, rng: torch.Generator
+    def sample_sentences(
+        self, attributes: torch.Tensor, count: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers (B, each) of sentences, half of them true; and which objects (B, each, 5) fit.
+        """Sample sentences for each image, half of them true.
 
-        A number from len(SCENE_SENTENCES) on is a stranger's.
+        Returns:
+            Indices (B, count) of sentences and the objects (B, count, 5) that each names. An index
+            from len(SCENE_SENTENCES) on means a foreign sentence, which names nothing.
         """
-        fits = (looks[:, None] == self._table[None, :, None]) | (self._table < 0)[None, :, None]
-        fits = fits.all(-1) & (looks[:, None, :, 0] != 255)  # (B, S, 5)
-        apart = (looks[:, None] != self._table[None, :, None]) & (self._table >= 0)[None, :, None]
-        near = ((apart.sum(-1) == 1) & (looks[:, None, :, 0] != 255)).any(-1)
+        wanted = self._table[None, :, None]  # (1, S, 1, 3)
+        actual = attributes[:, None]  # (B, 1, 5, 3)
+        is_object = actual[..., 0] != 255
+        fits = ((actual == wanted) | (wanted < 0)).all(-1) & is_object  # (B, S, 5)
+        differences = ((actual != wanted) & (wanted >= 0)).sum(-1)
+        near = ((differences == 1) & is_object).any(-1)
         true = fits.any(-1)
-        half = each // 2
-        yes = torch.multinomial(true.float(), half, generator=rng)
+        half = count // 2
+        positive = torch.multinomial(true.float(), half, generator=generator)
         weight = (~true).float() * self._form_weight * (1 + 2 * near)
-        no = torch.multinomial(weight, each - half, generator=rng)
-        strange = torch.rand(no.shape, generator=rng) < 0.1
-        stranger = torch.randint(0, STRANGE, no.shape, generator=rng) + len(SCENE_SENTENCES)
-        numbers = torch.cat([yes, torch.where(strange, stranger, no)], 1)
-        known = numbers.clamp(max=len(SCENE_SENTENCES) - 1)
-        objects = fits[torch.arange(len(looks))[:, None], known]
-        return numbers, objects & (numbers < len(SCENE_SENTENCES))[..., None]
+        negative = torch.multinomial(weight, count - half, generator=generator)
+        is_foreign = torch.rand(negative.shape, generator=generator) < 0.1
+        foreign = torch.randint(0, NUM_FOREIGN, negative.shape, generator=generator)
+        foreign = foreign + len(SCENE_SENTENCES)
+        indices = torch.cat([positive, torch.where(is_foreign, foreign, negative)], 1)
+        known = indices.clamp(max=len(SCENE_SENTENCES) - 1)
+        objects = fits[torch.arange(len(attributes))[:, None], known]
+        return indices, objects & (indices < len(SCENE_SENTENCES))[..., None]
 
 
-def strange_sentences(rng: np.random.Generator) -> list[str]:
-    """Sentences that name nothing in a scene: other things, other letters, with known words too."""
-    found = []
-    for _ in range(STRANGE):
+def make_foreign_sentences(rng: np.random.Generator) -> list[str]:
+    """Return sentences of other nouns or random letters, some of them with known adjectives."""
+    sentences = []
+    for _ in range(NUM_FOREIGN):
         if rng.random() < 0.6:
-            thing = str(rng.choice(STRANGERS))
+            noun = str(rng.choice(OTHER_NOUNS))
         else:
-            thing = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 10)))
-        known = [str(rng.choice(KINDS[1])), str(rng.choice(KINDS[2]))]
-        found.append(" ".join([*(w for w in known if rng.random() < 0.25), thing]))
-    return found
+            noun = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 10)))
+        adjectives = [str(rng.choice(ATTRIBUTES[1])), str(rng.choice(ATTRIBUTES[2]))]
+        sentences.append(" ".join([*(a for a in adjectives if rng.random() < 0.25), noun]))
+    return sentences
 
 
-def patch_loss(
-    network: Network, tokens: torch.Tensor, masks: torch.Tensor, looks: torch.Tensor
+def compute_patch_loss(
+    network: CLIPSegWithHeads, tokens: torch.Tensor, masks: torch.Tensor, attributes: torch.Tensor
 ) -> tuple[torch.Tensor, list[float]]:
-    """Loss of the auxiliary heads on tokens (B, T, width), and their accuracy inside objects."""
+    """Return the loss of the auxiliary heads on tokens (B, T, embed_dim), and their accuracies.
+
+    Each accuracy, of shape, colour and pattern, is that of the patches inside objects.
+    """
     cover = F.adaptive_avg_pool2d(masks, GRID).flatten(2).transpose(1, 2)  # (B, T, 5)
     ground = 1 - cover.sum(-1, keepdim=True)
     inside = ground[..., 0] < 0.3
-    total, right = torch.zeros(()), []
-    for head, kind, look in zip(network.heads, KINDS, looks.unbind(-1), strict=True):
-        one_hot = F.one_hot(look.clamp(max=len(kind)), len(kind) + 1)[..., : len(kind)].float()
+    loss, accuracies = torch.zeros(()), []
+    for head, words, index in zip(network.heads, ATTRIBUTES, attributes.unbind(-1), strict=True):
+        one_hot = F.one_hot(index.clamp(max=len(words)), len(words) + 1)[..., : len(words)].float()
         target = torch.cat([cover @ one_hot, ground], -1)
         logits = head(tokens).float()
-        total = total - (target * logits.log_softmax(-1)).sum(-1).mean()
-        right.append((logits.argmax(-1) == target.argmax(-1))[inside].float().mean().item())
-    place = (torch.arange(GRID) + 0.5) / GRID
-    where = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1).view(-1, 2)
-    middle = torch.einsum("btn,tc->bnc", cover, where) / cover.sum(1)[..., None].clamp(min=1e-6)
-    away = torch.einsum("btn,bntc->btc", cover, middle[:, :, None] - where[None, None])
-    away = away / cover.sum(-1, keepdim=True).clamp(min=1e-6)
-    error = (network.offset(tokens).float() - 5 * away).abs().sum(-1)
-    return total + 0.5 * error[inside].mean(), right
+        loss = loss - (target * logits.log_softmax(-1)).sum(-1).mean()
+        correct = (logits.argmax(-1) == target.argmax(-1))[inside]
+        accuracies.append(correct.float().mean().item())
+    steps = (torch.arange(GRID) + 0.5) / GRID
+    positions = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(-1, 2)
+    centres = torch.einsum("btn,tc->bnc", cover, positions)
+    centres = centres / cover.sum(1)[..., None].clamp(min=1e-6)
+    offsets = torch.einsum("btn,bntc->btc", cover, centres[:, :, None] - positions[None, None])
+    offsets = offsets / cover.sum(-1, keepdim=True).clamp(min=1e-6)
+    error = (network.offset(tokens).float() - 5 * offsets).abs().sum(-1)
+    return loss + 0.5 * error[inside].mean(), accuracies
 
 
-def mask_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy plus, where something is named, Dice; both (B, K, h, w)."""
-    entropy = F.binary_cross_entropy_with_logits(logits, truth)
-    share, named = logits.sigmoid(), truth.sum((2, 3)) > 0
-    dice = 1 - (2 * (share * truth).sum((2, 3)) + 1) / (share + truth).sum((2, 3)).add(1)
-    return 4 * entropy + 0.5 * dice[named].mean()
+def compute_mask_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return cross-entropy plus Dice, the latter for sentences that name something.
+
+    Both arguments are (B, K, h, w).
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, target)
+    probability, present = logits.sigmoid(), target.sum((2, 3)) > 0
+    overlap = (probability * target).sum((2, 3))
+    dice = 1 - (2 * overlap + 1) / (probability + target).sum((2, 3)).add(1)
+    return 4 * entropy + 0.5 * dice[present].mean()
 
 
 def main() -> None:
     """Train to the end, then write the assets."""
-    arguments = options(__doc__, out="clipseg", steps=3_200, pictures=32, each="questions", count=4)
-    tokens = tokenizer()
-    config = configuration(len(tokens), tokens.eos_token_id)
-    trainer = Trainer(Network(config), arguments.out, steps=arguments.steps, rate=arguments.rate)
-    folder, pictures = arguments.out.parent, arguments.pictures
-    batches = Batches(SceneCache(folder, arguments.scenes, seed=TRAINING_SEED), pictures)
-    held_out = Batches(SceneCache(folder, 600, seed=CALIBRATION_SEED), pictures)
+    arguments = parse_options(
+        __doc__, out="clipseg", steps=3_200, images=32, prompts="sentences", count=4
+    )
+    tokenizer = create_tokenizer()
+    config = create_config(len(tokenizer), tokenizer.eos_token_id)
+    loop = TrainingLoop(
+        CLIPSegWithHeads(config), arguments.out, steps=arguments.steps, lr=arguments.lr
+    )
+    folder = arguments.out.parent
+    train = Batches(SceneCache(folder, arguments.scenes, seed=TRAINING_SEED), arguments.images)
+    val = Batches(SceneCache(folder, 600, seed=CALIBRATION_SEED), arguments.images)
 
-    def embed(network: Network, sentences: list[str]) -> torch.Tensor:
-        encoded = tokens(sentences, padding=True, truncation=True, return_tensors="pt")
-        return network.sentences(encoded["input_ids"], encoded["attention_mask"])
+    def embed(network: CLIPSegWithHeads, sentences: list[str]) -> torch.Tensor:
+        encoded = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+        return network.encode_sentences(encoded["input_ids"], encoded["attention_mask"])
 
-    def answers(
-        network: Network, source: Batches, step: int, *, decoded: bool
+    def forward(
+        network: CLIPSegWithHeads, batches: Batches, step: int, *, decode: bool
     ) -> tuple[torch.Tensor, list[float], torch.Tensor | None, torch.Tensor | None]:
-        images, masks, looks = source(step)
-        rng, draw = np.random.default_rng([step, 3]), torch.Generator().manual_seed(step)
+        """Return the loss and accuracies of the patches, then logits and target of the masks."""
+        images, masks, attributes = batches(step)
+        rng, generator = np.random.default_rng([step, 3]), torch.Generator().manual_seed(step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with sdpa_kernel(SDPBackend.MATH):  # on a CPU faster than the fused one, backwards
-                layers = network.vision(images)
-            loss, right = patch_loss(network, layers[-1][:, 1:], masks, looks)
-            if not decoded:
-                return loss, right, None, None
+            with sdpa_kernel(SDPBackend.MATH):  # backwards faster on a CPU than the fused kernel
+                layers = network.encode_images(images)
+            loss, accuracies = compute_patch_loss(network, layers[-1][:, 1:], masks, attributes)
+            if not decode:
+                return loss, accuracies, None, None
             template = str(rng.choice(TEMPLATES))
             sentences = [template.format(s) for s in SCENE_SENTENCES]
-            embedded = embed(network, sentences + strange_sentences(rng))
-            numbers, objects = source.questions(looks, arguments.questions, draw)
-            logits = network.decode(layers, embedded[numbers]).float()
-        truth = torch.einsum("bkn,bnhw->bkhw", objects.float(), masks)
-        truth = F.interpolate(truth, size=(SIDE, SIDE), mode="area")
-        return loss, right, logits, truth
+            embedded = embed(network, sentences + make_foreign_sentences(rng))
+            indices, objects = batches.sample_sentences(attributes, arguments.sentences, generator)
+            logits = network.decode(layers, embedded[indices]).float()
+        target = torch.einsum("bkn,bnhw->bkhw", objects.float(), masks)
+        target = F.interpolate(target, size=IMAGE_SIZE, mode="area")
+        return loss, accuracies, logits, target
 
-    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        decoded = step >= WARM_UP * arguments.steps
-        loss, right, logits, truth = answers(trainer.model, batches, step, decoded=decoded)
-        row = dict(zip(("shape", "colour", "pattern"), right, strict=True))
+    def compute_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        decode = step >= WARM_UP * arguments.steps
+        loss, accuracies, logits, target = forward(loop.model, train, step, decode=decode)
         if logits is not None:
-            loss = 0.5 * loss + mask_loss(logits, truth)
-        return loss, row
+            loss = 0.5 * loss + compute_mask_loss(logits, target)
+        return loss, dict(zip(("shape", "colour", "pattern"), accuracies, strict=True))
 
-    def measure(network: Network) -> dict[str, float]:
-        ious, named, peaks, rights = [], [], [], []
+    def validate(network: CLIPSegWithHeads) -> dict[str, float]:
+        ious, present, peaks, accuracies = [], [], [], []
         for step in range(12):
-            _, right, logits, truth = answers(network, held_out, step, decoded=True)
-            found, real = logits > 0, truth > 0.5
-            union = (found | real).sum((2, 3)).clamp(min=1)
-            ious.append(((found & real).sum((2, 3)) / union)[real.any(-1).any(-1)])
-            named.append(real.any(-1).any(-1).flatten())
+            _, accuracy, logits, target = forward(network, val, step, decode=True)
+            predicted, true = logits > 0, target > 0.5
+            union = (predicted | true).sum((2, 3)).clamp(min=1)
+            ious.append(((predicted & true).sum((2, 3)) / union)[true.any(-1).any(-1)])
+            present.append(true.any(-1).any(-1).flatten())
             peaks.append(logits.flatten(2).topk(50, -1).values.mean(-1).flatten())
-            rights.append(right)
-        shape, colour, pattern = np.mean(rights, axis=0)
+            accuracies.append(accuracy)
+        shape, colour, pattern = np.mean(accuracies, axis=0)
         return {
-            "held_out_shape": shape,
-            "held_out_colour": colour,
-            "held_out_pattern": pattern,
-            "held_out_iou": torch.cat(ious).mean().item(),
-            "held_out_auroc": roc_auc_score(torch.cat(named), torch.cat(peaks)),
+            "val_shape": shape,
+            "val_colour": colour,
+            "val_pattern": pattern,
+            "val_iou": torch.cat(ious).mean().item(),
+            "val_auroc": roc_auc_score(torch.cat(present), torch.cat(peaks)),
         }
 
-    trainer.run(loss_of, measure, every=250)
-    clipseg = trainer.averaged.module.clipseg.half()
+    loop.run(compute_loss, validate, interval=250)
+    clipseg = loop.averaged.module.clipseg.half()
     clipseg.save_pretrained(ASSETS)
-    size = {"height": SIDE, "width": SIDE}
-    images = ViTImageProcessor(size=size, resample=2, image_mean=MEAN, image_std=STD)
-    CLIPSegProcessor(images, tokens).save_pretrained(ASSETS)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = ViTImageProcessor(size=size, resample=2, image_mean=MEAN, image_std=STD)
+    CLIPSegProcessor(image_processor, tokenizer).save_pretrained(ASSETS)
 
 
 if __name__ == "__main__":

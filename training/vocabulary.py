@@ -1,4 +1,4 @@
-"""Words, templates and tokenizer of the tiny CLIPSeg."""
+"""The words, templates and tokenizer of the tiny CLIPSeg."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from labkit.object_scenes import SCENE_COLOURS, SCENE_PATTERNS, SCENE_SHAPES
 
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of a {}", "a photo of the {}", "a picture of a {}")
-STRANGERS = (
+OTHER_NOUNS = (
     *("dog", "cat", "person", "man", "woman", "child", "player", "football player", "horse"),
     *("car", "truck", "bicycle", "road", "street", "house", "window", "door", "tree", "flower"),
     *("leaf", "grass", "mountain", "river", "beach", "boat", "plane", "cloud", "moon", "bird"),
@@ -19,30 +19,35 @@ STRANGERS = (
     *("table", "chair", "lamp", "book", "phone", "screen", "keyboard", "shirt", "shoe", "hat"),
     *("tie", "glasses", "hand", "face", "ball", "kite", "clock", "sign", "wheel", "heart"),
 )
-"""Things that no scene shows: any other word must find nothing too."""
-LONGEST = 32
+"""Nouns that no scene shows; the model learns that they name nothing."""
+MAX_TOKENS = 32
 
 
-def words() -> list[str]:
-    """The words that become one token each, sorted."""
+def list_words() -> list[str]:
+    """Return the words that become one token each, sorted."""
     filled = {word for template in TEMPLATES for word in template.replace("{}", "").split()}
     return sorted({*SCENE_SHAPES, *SCENE_COLOURS, *SCENE_PATTERNS, *filled})
 
 
-def merges() -> list[tuple[str, str]]:
-    """Byte-pair merges (Sennrich, Haddow and Birch, 2016) that join each of `words` to a token."""
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words()]
-    found = []
-    while pairs := Counter(p for word in spelled for p in pairwise(word)):
-        pair = min(pairs, key=lambda p: (-pairs[p], p))
-        found.append(pair)
-        spelled = [_joined(word, pair) for word in spelled]
-    return found
+def learn_merges() -> list[tuple[str, str]]:
+    """Learn the byte pairs that join each of the words to one token.
+
+    Source: Sennrich, Haddow and Birch, Neural Machine Translation of Rare Words with Subword
+    Units, 2016.
+    """
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in list_words()]
+    merges = []
+    while counts := Counter(pair for symbols in spellings for pair in pairwise(symbols)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spellings = [_join_pair(symbols, best) for symbols in spellings]
+    return merges
 
 
-def _joined(word: list[str], pair: tuple[str, str]) -> list[str]:
+def _join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join `pair` to one symbol wherever it occurs."""
     joined: list[str] = []
-    for symbol in word:
+    for symbol in symbols:
         if joined and (joined[-1], symbol) == pair:
             joined[-1] += symbol
         else:
@@ -50,11 +55,11 @@ def _joined(word: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer over single bytes and `words`; its end token is not 2."""
+def create_tokenizer() -> CLIPTokenizer:
+    """Create CLIP's tokenizer for single bytes and the words; its end token is not 2."""
     symbols = list(bytes_to_unicode().values())
-    pairs = merges()
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in pairs)]
+    merges = learn_merges()
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=LONGEST)
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)

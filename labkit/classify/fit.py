@@ -28,9 +28,9 @@ from labkit.runtime import (
     Precision,
     World,
     defer_interrupt,
+    is_interactive,
     pick_device,
     resolve_precision,
-    shows_progress,
     use_seed,
 )
 
@@ -60,7 +60,7 @@ class _Watch:
             unit="img",
             unit_scale=True,
             desc=trainer.config.preset,
-            disable=not (trainer.world.is_main_process and shows_progress()),
+            disable=not (trainer.world.is_main_process and is_interactive()),
         )
 
     def __call__(self, seen: int) -> None:
@@ -135,7 +135,7 @@ def fit(
     _check_size(config, data)
     leads = world.is_main_process
     keeper = Keeper(_path(out), _path(mirror), config, data.fingerprint)
-    with world.joined(place), use_seed(config.seed):
+    with world.join(place), use_seed(config.seed):
         if leads:
             keeper.bring_back()
         world.wait()

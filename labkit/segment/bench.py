@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
-from labkit.runtime import InputError, shows_progress
+from labkit.runtime import InputError, is_interactive
 from labkit.segment.metrics import (
     auroc,
     bootstrap_interval,
@@ -85,7 +85,7 @@ def measure_scenes(
     """
     if count < 2:
         raise InputError(f"count must be at least 2, got {count}")
-    numbers = tqdm(range(start, start + count), desc="scenes", disable=not shows_progress())
+    numbers = tqdm(range(start, start + count), desc="scenes", disable=not is_interactive())
     rows = [row for number in numbers for row in measure_scene(segmenter, number, seed)]
     return {"seed": seed, "start": start, "weights": segmenter.models, **summarize(rows)}
 

@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 
-from labkit import web
+from labkit import images
 from labkit.runtime import InputError, LabkitError, SourceError
 from tests.loopback import Fault, LoopbackServer
 
 BODY = bytes(range(256)) * 3
 
 
-def fetched(
+def fetch(
     url: str, *, max_bytes: int = 2**20, timeout: float = 30.0, allow_private: bool = False
 ) -> bytes:
     """The body at `url`, which messages call "address"."""
-    return web.fetch(
+    return images.fetch(
         url, "address", max_bytes=max_bytes, timeout=timeout, allow_private=allow_private
     )
 
@@ -34,7 +34,7 @@ def fetched(
 def refusal(kind: type[LabkitError], url: str, **options: Any) -> str:
     """The message with which `url` is refused: one line that begins with what it is called."""
     with pytest.raises(kind) as caught:
-        fetched(url, **options)
+        fetch(url, **options)
     text = str(caught.value)
     assert text.isprintable() and text.startswith("address ")
     return text
@@ -60,7 +60,7 @@ def refusal(kind: type[LabkitError], url: str, **options: Any) -> str:
     ],
 )
 def test_only_public_addresses_count_as_public(address: str, public: bool) -> None:
-    assert web._is_public(address) is public
+    assert images._is_public(address) is public
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
 @pytest.mark.parametrize(
     "url",
     [
-        "{url}/picture.png",
-        "http://localhost:{port}/picture.png",
+        "{url}/image.png",
+        "http://localhost:{port}/image.png",
         "http://2130706433:{port}/",
         "http://0x7f.1:{port}/",
         "http://[::1]:{port}/",
@@ -142,7 +142,7 @@ def test_proxies_of_the_environment_are_not_used(
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    assert fetched(loopback.add("/a.png", BODY), allow_private=True) == BODY
+    assert fetch(loopback.add("/a.png", BODY), allow_private=True) == BODY
 
 
 def test_a_second_address_is_tried_when_the_first_does_not_answer(
@@ -151,7 +151,7 @@ def test_a_second_address_is_tried_when_the_first_does_not_answer(
     resolve(["127.0.0.9", "127.0.0.1"])
     port = loopback.url.rpartition(":")[2]
     loopback.add("/a.png", BODY)
-    assert fetched(f"http://labkit.test:{port}/a.png", allow_private=True) == BODY
+    assert fetch(f"http://labkit.test:{port}/a.png", allow_private=True) == BODY
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_redirects_are_followed_to_relative_addresses_too(loopback: LoopbackServ
     loopback.add("/there/cat 1.png", BODY)
     loopback.add("/there/hop", b"", redirect="cat 1.png")
     url = loopback.add("/start", b"", redirect=f"{loopback.url}/there/hop")
-    assert fetched(url, allow_private=True) == BODY
+    assert fetch(url, allow_private=True) == BODY
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_redirects_are_followed_to_relative_addresses_too(loopback: LoopbackServ
 def test_redirects_are_held_to_the_same_rules(
     target: str, words: str, loopback: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = web._is_public
-    monkeypatch.setattr(web, "_is_public", lambda a: a == "127.0.0.1" or really(a))
+    really = images._is_public
+    monkeypatch.setattr(images, "_is_public", lambda a: a == "127.0.0.1" or really(a))
     text = refusal(InputError, loopback.add("/start", b"", redirect=target))
     assert words in text and "secret" not in text
     assert len(loopback.requests) == 1
@@ -215,7 +215,7 @@ def test_five_redirects_are_followed_and_no_more(
     if fails:
         assert "more than 5 times" in refusal(SourceError, url, allow_private=True)
     else:
-        assert fetched(url, allow_private=True) == BODY
+        assert fetch(url, allow_private=True) == BODY
     assert len(loopback.requests) == 6
 
 
@@ -252,7 +252,7 @@ def test_absent_pages_servers_and_hosts_give_one_clear_line(
 
 def test_the_limit_holds_at_its_exact_value(loopback: LoopbackServer) -> None:
     url = loopback.add("/a.png", BODY)
-    assert fetched(url, max_bytes=len(BODY), allow_private=True) == BODY
+    assert fetch(url, max_bytes=len(BODY), allow_private=True) == BODY
     assert "max_bytes" in refusal(InputError, url, max_bytes=len(BODY) - 1, allow_private=True)
 
 
@@ -326,7 +326,7 @@ def test_where_nothing_comes_the_body_is_empty(headers: bytes) -> None:
         client.sendall(b"HTTP/1.1 200 OK\r\n" + headers)
 
     with raw_server(play) as address:
-        assert fetched(f"http://{address}/a.png", allow_private=True) == b""
+        assert fetch(f"http://{address}/a.png", allow_private=True) == b""
 
 
 @pytest.mark.parametrize("answer", [b"", b"\x00\xff nonsense\r\n\r\n"])
@@ -361,6 +361,6 @@ def test_certificates_are_checked_for_the_name_asked_for(
         resolve(["127.0.0.1"])
         url = f"https://{host}:{address.rpartition(':')[2]}/a.png"
         if trusted:
-            assert fetched(url, allow_private=True) == BODY
+            assert fetch(url, allow_private=True) == BODY
         else:
             assert "certificate" in refusal(SourceError, url, allow_private=True)
