@@ -1,8 +1,8 @@
 """From the heat of a sentence to masks, in rounds: prompt SAM-2, then prompt for the heat left.
 
 Where like objects touch, their heat is one region, and two things take them apart. A point in one
-of them means that one, so `split_instances` tries each foreground point by itself. And what a mask
-leaves uncovered is prompted for in the next round, by `uncovered_heat`.
+of them means that one, so each foreground point is tried alone, and `split_instances` looks at the
+masks. And what the masks leave of the heat, `uncovered_heat`, is prompted for in the next round.
 """
 
 from __future__ import annotations
@@ -164,50 +164,85 @@ def generate_masks(
     """
     thresholds = thresholds or Thresholds()
     height, width = query.heat.shape
-    sx, sy = sam2.image_size / width, sam2.image_size / height
+    scale = np.array([sam2.image_size / width, sam2.image_size / height])
     for _ in range(_ROUNDS):
         if not query.pending:
             break
-        prompts = split_instances(sam2, features, query.pending, query.heat, thresholds)
-        logits, ious = sam2.predict(features, [prompt.scale(sx, sy) for prompt in prompts])
+        points = _list_points(query.pending)
+        attempts: list[PointMask] = []
+        for start in range(0, len(points), _POINTS_AT_ONCE):
+            part = points[start : start + _POINTS_AT_ONCE]
+            logits, ious = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
+            masks = zip(part, logits - thresholds.mask, ious, strict=True)
+            attempts += [_select_point_mask(*each, (height, width)) for each in masks]
+        prompts = split_instances(
+            query.pending, attempts, query.heat, sam2.low_res_size, thresholds.overlap
+        )
+        logits, ious = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
         candidates = list(map(select_mask, prompts, logits - thresholds.mask, ious))
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
     return replace(query, candidates=_keep_supported(query.candidates, query.heat))
 
 
+@dataclass(frozen=True, eq=False)
+class PointMask:
+    """What SAM-2 made of one point alone.
+
+    Attributes:
+        point: (2,) pixel (x, y) of the heat map.
+        mask: (h, w) bool, in pixels of the heat map.
+        trust: predicted IoU × stability of the mask, in [0, 1].
+    """
+
+    point: NDArray[np.float64]
+    mask: Mask
+    trust: float
+
+
 def split_instances(
-    sam2: Sam2,
-    features: ImageFeatures,
     prompts: Sequence[Prompt],
+    attempts: Sequence[PointMask],
     heat: Heat,
-    thresholds: Thresholds | None = None,
+    low_res_size: int,
+    overlap_threshold: float = OVERLAP_THRESHOLD,
 ) -> list[Prompt]:
     """Replace each prompt that stands for several objects by one prompt for each of them.
 
-    Each foreground point of a prompt is given to SAM-2 by itself. If the masks that come back are
-    of different objects, each object gets a prompt of its own.
+    If the masks of a prompt's foreground points are of different objects, each object gets a prompt
+    of its own: its point against those of the others, its box, its heat.
 
     Args:
-        sam2: the model.
-        features: of the image.
         prompts: in pixels of `heat`.
+        attempts: for each prompt with two or more foreground points, in order, what SAM-2 made of
+            each of these points.
         heat: the map (h, w) that the prompts were made of.
-        thresholds: of masks and overlap.
+        low_res_size: width and height of SAM-2's mask prompts.
+        overlap_threshold: IoU from which two masks are masks of one object.
     """
-    thresholds = thresholds or Thresholds()
-    points = [prompt.points[prompt.labels == 1] for prompt in prompts]
-    counts = [len(group) if len(group) > 1 else 0 for group in points]
-    tried = np.concatenate([group[:count] for group, count in zip(points, counts, strict=True)])
-    objects = _segment_points(sam2, features, tried, heat.shape, thresholds.mask)
+    shares = scale_to_peak(heat)
+    remaining = iter(attempts)
     split: list[Prompt] = []
-    start = 0
-    for prompt, count in zip(prompts, counts, strict=True):
-        distinct = _keep_distinct(objects[start : start + count], prompt.region, thresholds.overlap)
-        start += count
-        if len(distinct) > 1:
-            split += _make_object_prompts(distinct, prompt, scale_to_peak(heat), sam2.low_res_size)
-        else:
+    for prompt in prompts:
+        count = _count_points(prompt)
+        distinct = _keep_distinct(
+            [next(remaining) for _ in range(count)], prompt.region, overlap_threshold
+        )
+        if len(distinct) < 2:
             split.append(prompt)
+            continue
+        background = prompt.points[prompt.labels == 0]
+        for current in distinct:
+            others = np.array([other.point for other in distinct if other is not current])
+            points = np.concatenate([current.point[None], others, background])
+            split.append(
+                Prompt(
+                    points=points,
+                    labels=np.repeat([1, 0], [1, len(points) - 1]),
+                    box=make_box(current.mask),
+                    mask_logits=make_mask_logits(shares, current.mask, low_res_size),
+                    region=current.mask,
+                )
+            )
     return split
 
 
@@ -241,73 +276,38 @@ def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
     return np.where(np.isin(pieces, np.flatnonzero(hot_areas >= min_area)), heat, nothing)
 
 
-@dataclass(frozen=True, eq=False)
-class _PointObject:
-    """What SAM-2 made of one point (2,): the mask (h, w), and how far that is trusted."""
-
-    point: NDArray[np.float64]
-    mask: Mask
-    trust: float
+def _count_points(prompt: Prompt) -> int:
+    """How many foreground points are worth trying alone: none if there is only one."""
+    count = int((prompt.labels == 1).sum())
+    return count if count > 1 else 0
 
 
-def _segment_points(
-    sam2: Sam2,
-    features: ImageFeatures,
-    points: NDArray[np.float64],
-    size: tuple[int, ...],
-    mask_threshold: float,
-) -> list[_PointObject]:
-    """The most trusted of the four masks of each point (N, 2), both in pixels of the map (h, w)."""
-    height, width = size
-    scale = np.array([sam2.image_size / width, sam2.image_size / height])
-    objects = []
-    for start in range(0, len(points), _POINTS_AT_ONCE):
-        part = points[start : start + _POINTS_AT_ONCE]
-        logits, ious = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
-        for point, masks, estimates in zip(part, logits - mask_threshold, ious, strict=True):
-            trust = [
-                float(iou) * measure_stability(mask)
-                for iou, mask in zip(estimates, masks, strict=True)
-            ]
-            best = int(np.argmax(trust))
-            outline = upsample_mask(remove_small_regions(masks[best]), (height, width))
-            objects.append(_PointObject(point, outline, trust[best]))
-    return objects
+def _list_points(prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+    """The foreground points (N, 2) of all prompts that have two or more."""
+    return np.concatenate([prompt.points[: _count_points(prompt)] for prompt in prompts])
+
+
+def _select_point_mask(
+    point: NDArray[np.float64], logits: NDArray[np.float32], ious: Heat, size: tuple[int, int]
+) -> PointMask:
+    """The most trusted of the four masks (4, S, S) of a point, at the size (h, w) of the map."""
+    trust = [float(iou) * measure_stability(mask) for iou, mask in zip(ious, logits, strict=True)]
+    best = int(np.argmax(trust))
+    return PointMask(point, upsample_mask(remove_small_regions(logits[best]), size), trust[best])
 
 
 def _keep_distinct(
-    objects: Sequence[_PointObject], region: Mask, overlap_threshold: float
-) -> list[_PointObject]:
-    """The trusted objects inside `region` that are different from each other, best first."""
-    kept: list[_PointObject] = []
-    for candidate in sorted(objects, key=lambda candidate: -candidate.trust):
-        mask = candidate.mask
+    attempts: Sequence[PointMask], region: Mask, overlap_threshold: float
+) -> list[PointMask]:
+    """The trusted masks inside `region` that are of different objects, best first."""
+    kept: list[PointMask] = []
+    for attempt in sorted(attempts, key=lambda attempt: -attempt.trust):
+        mask = attempt.mask
         inside = int((mask & region).sum()) > _INSIDE * int(mask.sum())
         new = not any(is_duplicate(mask, other.mask, overlap_threshold) for other in kept)
-        if inside and new and candidate.trust >= _TRUSTED:
-            kept.append(candidate)
+        if inside and new and attempt.trust >= _TRUSTED:
+            kept.append(attempt)
     return kept
-
-
-def _make_object_prompts(
-    objects: Sequence[_PointObject], prompt: Prompt, shares: Heat, low_res_size: int
-) -> list[Prompt]:
-    """A prompt for each object: its point against those of the others, its box, its heat."""
-    background = prompt.points[prompt.labels == 0]
-    prompts = []
-    for current in objects:
-        others = np.array([other.point for other in objects if other is not current])
-        points = np.concatenate([current.point[None], others, background])
-        prompts.append(
-            Prompt(
-                points=points,
-                labels=np.repeat([1, 0], [1, len(points) - 1]),
-                box=make_box(current.mask),
-                mask_logits=make_mask_logits(shares, current.mask, low_res_size),
-                region=current.mask,
-            )
-        )
-    return prompts
 
 
 def _update(

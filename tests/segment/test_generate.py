@@ -13,7 +13,6 @@ from labkit.segment.generate import (
     Thresholds,
     generate_masks,
     init_queries,
-    split_instances,
     uncovered_heat,
 )
 from labkit.segment.instances import scale_to_peak
@@ -182,10 +181,14 @@ def make_prompt(region: Mask, *points: Point, behind: tuple[Point, ...] = (BEHIN
     )
 
 
-def split(sam2: KnowingSam2, *prompts: Prompt) -> list[Prompt]:
+def split(sam2: KnowingSam2, *prompts: Prompt, heat: Any = OBJECTS_HEAT) -> list[Prompt]:
+    """The prompts of the first round, in which `prompts` are pending."""
     stub: Any = sam2
     features: Any = object()
-    return split_instances(stub, features, prompts, OBJECTS_HEAT)
+    query = Query(sentence="object", heat=heat, pending=prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "_ROUNDS", 1)
+        return list(generate_masks(stub, features, query).prompts)
 
 
 BOTH = make_prompt(LEFT | RIGHT, (15, 12), (33, 12), (12, 9))
@@ -288,7 +291,7 @@ def test_points_are_in_the_pixels_of_sam2s_square_and_masks_in_those_of_the_map(
         mask_logits=BOTH.mask_logits,
         region=left | right,
     )
-    prompts = split_instances(stub, stub.encode(None), [wide], OBJECTS_HEAT[low])
+    prompts = split(stub, wide, heat=OBJECTS_HEAT[low])
     assert [prompt.points.tolist() for prompt in prompts] == [
         points.tolist(),
         points[::-1].tolist(),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import random
@@ -183,6 +184,22 @@ def test_image_is_encoded_once_for_many_sentences_and_objects(
     segmentation = segmenter(sam2, **maps)(noise(70, 50), names, assume_present=True)
     assert sum(len(result.prompts) for result in segmentation.sentences) >= 15
     assert len(encoder) == 1
+
+
+def test_at_most_six_calls_lead_to_sam2s_decoder(
+    tiny: TextSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, calls = tiny.sam2.model.sam_mask_decoder, []
+    predict_masks = decoder.predict_masks
+
+    def count_calls(**arguments: Any) -> Any:
+        functions = [frame.function for frame in inspect.stack(0)]
+        calls.append(functions.index("__call__"))  # frames between it and the decoder, and this
+        return predict_masks(**arguments)
+
+    monkeypatch.setattr(decoder, "predict_masks", count_calls)
+    tiny(noise(40, 40), ["cat", "dog"], assume_present=True)
+    assert calls and max(calls) <= 6
 
 
 def test_repeated_sentences_are_computed_once() -> None:
