@@ -95,7 +95,7 @@ def segment(
     not_: Annotated[
         list[str] | None, typer.Option("--not", help="What is not meant; may be repeated.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for masks, pictures, reports.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for masks, overlays, reports.")] = Path("out"),
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "full",
     sam2: Annotated[
         str | None, typer.Option(help="tiny, small, base-plus or large [default: large].")
@@ -114,7 +114,7 @@ def segment(
     from labkit.segment.pipeline import TextSegmenter, check_sentences
 
     check_sentences(prompt, not_ or ())
-    sources = _expanded(images)
+    sources = _expand_folders(images)
     segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
     failed = 0
     for number, source in enumerate(sources, 1):
@@ -139,21 +139,21 @@ def segment(
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
 
 
-def _expanded(sources: list[str]) -> list[str]:
-    """`sources` with the images of each folder, sorted, in its place."""
+def _expand_folders(sources: list[str]) -> list[str]:
+    """Replace each folder among `sources` by the images in it, sorted."""
     from labkit.images import SUFFIXES
 
-    found: list[str] = []
+    expanded: list[str] = []
     for source in sources:
         folder = Path(source)
         if not folder.is_dir():
-            found.append(source)
+            expanded.append(source)
             continue
         inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         if not inside:
             raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
-        found += map(str, inside)
-    return found
+        expanded += map(str, inside)
+    return expanded
 
 
 @bench.command("segment")

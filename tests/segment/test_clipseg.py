@@ -82,7 +82,7 @@ def test_image_is_encoded_once_for_many_sentences(
             clipseg.model.decoder,
         )
     )
-    clipseg.predict_heat(noise(20, 30), [f"thing {letter}" for letter in "abcdefghij"])
+    clipseg.predict_heat(noise(20, 30), [f"object {letter}" for letter in "abcdefghij"])
     assert (len(vision), len(text), len(decoder)) == (1, 1, 4)
 
 
@@ -116,8 +116,8 @@ def test_strange_shapes_of_images_work_in_silence(
 def test_embeddings_are_averaged_over_templates(clipseg: ClipSeg) -> None:
     image, templates = noise(IMAGE_SIZE, IMAGE_SIZE), ["{}", "a {}", "the {} there"]
     maps = clipseg.predict_heat(image, ["cat", "dog"], templates)
-    for index, thing in enumerate(["cat", "dog"]):
-        texts = [template.format(thing) for template in templates]
+    for index, sentence in enumerate(["cat", "dog"]):
+        texts = [template.format(sentence) for template in templates]
         inputs = clipseg.processor(text=texts, padding=True, return_tensors="pt")
         with torch.no_grad():
             mean = clipseg.model.get_conditional_embeddings(3, **inputs).mean(0, keepdim=True)

@@ -167,9 +167,9 @@ def test_assumed_present_masks_do_not_depend_on_the_peak(sam2: Sam2, peak: float
         ]
     for segmented, other in zip(weak.objects, strong.objects, strict=True):
         assert segmented.sentence == other.sentence and iou(segmented.mask, other.mask) > 0.98
-    for ours, theirs in zip(weak.sentences, strong.sentences, strict=True):
-        assert ours.present and ours.presence < theirs.presence
-        assert len(ours.prompts) == len(theirs.prompts) > 0
+    for result, reference in zip(weak.sentences, strong.sentences, strict=True):
+        assert result.present and result.presence < reference.presence
+        assert len(result.prompts) == len(reference.prompts) > 0
 
 
 def test_image_is_encoded_once_for_many_sentences_and_objects(
@@ -342,8 +342,8 @@ def test_saved_folder_holds_masks_picture_and_report(found: Segmentation, tmp_pa
     document = json.loads((folder / "masks.json").read_text())
     assert document == found.to_coco("photo.jpg")
     assert document["info"]["description"] == "by hand"
-    with Image.open(folder / "overlay.png") as picture:
-        assert min(picture.size) > 200
+    with Image.open(folder / "overlay.png") as overlay:
+        assert min(overlay.size) > 200
     page = (folder / "report.html").read_text()
     assert "by hand" in page and "photo.jpg" in page
     assert page.count("<img") == 2 and found.sentences[1].reason in page

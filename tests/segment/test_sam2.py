@@ -129,11 +129,11 @@ def test_points_equal_those_of_the_predictor_with_a_point_and_nothing_else(
     assert logits.shape == (5, 4, LOW_RES, LOW_RES) and ious.shape == (5, 4)
     predictor.set_image(image)
     for row, point in enumerate(points):
-        answers = [
+        predictions = [
             predictor.predict(point[None], np.array([1]), multimask_output=several)[1:]
             for several in (False, True)
         ]
-        expected_ious, expected = (np.concatenate(pair) for pair in zip(*answers, strict=True))
+        expected_ious, expected = (np.concatenate(pair) for pair in zip(*predictions, strict=True))
         assert np.abs(logits[row]).max() < 32  # beyond which the predictor clips
         assert np.abs(logits[row] - expected).max() <= 1e-4
         assert np.abs(ious[row] - expected_ious).max() <= 1e-4
