@@ -33,8 +33,8 @@ def reference_space(policy: str, height: int, width: int) -> Space:
 
 def our_space(policy: str, height: int, width: int) -> Tensor:
     if policy == "trivial":
-        return auto_augment.trivial_space()
-    return auto_augment.rand_space(height, width)
+        return auto_augment.make_trivial_space()
+    return auto_augment.make_rand_space(height, width)
 
 
 def reference(image: Tensor, name: str, magnitude: float) -> Tensor:
@@ -102,7 +102,7 @@ def test_each_operation_equals_torchvisions(
 
 def test_trivial_shears_of_small_images_leave_no_pixel_undecided() -> None:
     # So that the test above compares every pixel of a 32 x 32 image.
-    for magnitude in auto_augment.trivial_space()[auto_augment.NAMES.index("ShearX")].tolist():
+    for magnitude in auto_augment.make_trivial_space()[auto_augment.NAMES.index("ShearX")].tolist():
         assert not half_way("ShearX", magnitude, 32, 32).any()
 
 
