@@ -57,8 +57,8 @@ def cut_out(images: Tensor, size: int, seed: int, epoch: int, indices: Tensor) -
     height, width = images.shape[2:]
     top = integers(seed, epoch, indices, "cutout.top", height) - size // 2
     left = integers(seed, epoch, indices, "cutout.left", width) - size // 2
-    side = torch.full_like(top, size)
-    return erase_boxes(images, top, left, side, side)
+    sizes = torch.full_like(top, size)
+    return erase_boxes(images, top, left, sizes, sizes)
 
 
 def erase_randomly(
@@ -115,11 +115,11 @@ def cutmix(
         The mixed images, and the share (B,) of original area after clipping at the edges.
     """
     height, width = images.shape[2:]
-    side = (1 - weight).sqrt()
-    top = ((centre_y * height) - side * height / 2).round().clamp(0, height)
-    bottom = ((centre_y * height) + side * height / 2).round().clamp(0, height)
-    left = ((centre_x * width) - side * width / 2).round().clamp(0, width)
-    right = ((centre_x * width) + side * width / 2).round().clamp(0, width)
+    extent = (1 - weight).sqrt()
+    top = ((centre_y * height) - extent * height / 2).round().clamp(0, height)
+    bottom = ((centre_y * height) + extent * height / 2).round().clamp(0, height)
+    left = ((centre_x * width) - extent * width / 2).round().clamp(0, width)
+    right = ((centre_x * width) + extent * width / 2).round().clamp(0, width)
     hole = erase_boxes(torch.ones_like(images[:, :1]), top, left, bottom - top, right - left)
     share = 1 - (bottom - top) * (right - left) / (height * width)
     return torch.where(hole.bool(), images, partners), share

@@ -398,7 +398,7 @@ def train_val_split(split: Split, val_size: int, *, seed: int = 0) -> tuple[Spli
         >>> split = Split(np.zeros((10, 8, 8, 3), np.uint8), np.arange(10) % 2)
         >>> train, validation = train_val_split(split, 4)
         >>> len(train), validation.labels.tolist()
-        (6, [0, 1, 0, 1])
+        (6, [1, 0, 0, 1])
     """
     if not 0 < val_size < len(split):
         raise InputError(f"val_size must be between 1 and {len(split) - 1}, got {val_size}")

@@ -144,20 +144,20 @@ def find_source(source: str, *, cache: Path, image_size: int = CIFAR10_SIZE) -> 
     table = CIFAR10_SOURCES
     if source == "hub":
         digests = [digest for _, digest in table.hub_files.values()]
-        found = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash(digests), _read_hub)
+        origin = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash(digests), _read_hub)
     elif source == "toronto":
         read = partial(_read_toronto, cache / "downloads")
-        found = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash([table.toronto_digest]), read)
+        origin = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash([table.toronto_digest]), read)
     elif source == "scenes":
-        found = Source(source, "demo scenes", CIFAR10_SIZE, _hash_scenes(), _read_scenes)
+        origin = Source(source, "demo scenes", CIFAR10_SIZE, _hash_scenes(), _read_scenes)
     else:
-        found = _find_folder(source, image_size)
-    if image_size != found.image_size:
+        origin = _find_folder(source, image_size)
+    if image_size != origin.image_size:
         raise InputError(
             f"image_size must be {CIFAR10_SIZE} for {source!r}, got {image_size}; "
             "only the images of an image folder can have another size"
         )
-    return found
+    return origin
 
 
 def _find_folder(source: str, image_size: int) -> Source:

@@ -77,7 +77,7 @@ def parquet_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Two classes with two pictures each in train, one each in test."""
+    """Two classes with two images each in train, one each in test."""
     folder = tmp_path / "animals"
     rng = np.random.default_rng(2)
     for split, count in (("train", 2), ("test", 1)):

@@ -38,7 +38,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def parquet(images_and_labels: Arrays, names: tuple[str, ...] | None = CIFAR10_CLASSES) -> bytes:
-    """The pictures in the layout of `uoft-cs/cifar10`."""
+    """The images in the layout of `uoft-cs/cifar10`."""
     images, labels = images_and_labels
     cells = [{"bytes": png(image), "path": None} for image in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -76,7 +76,7 @@ def python2_pickle(images_and_labels: Arrays) -> bytes:
 
 
 def batch_files() -> dict[str, bytes]:
-    """The pickles of the Toronto archive: eight pictures in each training batch."""
+    """The pickles of the Toronto archive: eight images in each training batch."""
     images, labels = TRAIN
     files = {
         f"data_batch_{number + 1}": python2_pickle(

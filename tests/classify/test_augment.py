@@ -51,25 +51,25 @@ def test_without_augmentation_a_batch_is_torchvisions_normalised_tensor() -> Non
 
 
 @pytest.mark.parametrize("pad_mode", ["zero", "reflect"])
-def test_every_crop_is_a_window_of_the_padded_picture(pad_mode: str) -> None:
+def test_every_crop_is_a_window_of_the_padded_image(pad_mode: str) -> None:
     settings = AugmentConfig(pad=2, pad_mode=pad_mode)  # type: ignore[arg-type]
     shown = make_loader(settings).pixels(0, torch.arange(40))
     mode = "constant" if pad_mode == "zero" else "reflect"
     padded = TF.pad(torch.from_numpy(noise().images).permute(0, 3, 1, 2), [2], padding_mode=mode)
     places = set()
-    for picture, original in zip(shown, padded, strict=True):
+    for image, original in zip(shown, padded, strict=True):
         windows = [
             (y, x)
             for y in range(5)
             for x in range(5)
-            if torch.equal(picture, original[:, y : y + 12, x : x + 12])
+            if torch.equal(image, original[:, y : y + 12, x : x + 12])
         ]
         assert len(windows) == 1
         places.update(windows)
     assert len(places) > 10
 
 
-def test_reflection_wider_than_the_picture_is_an_error() -> None:
+def test_reflection_wider_than_the_image_is_an_error() -> None:
     with pytest.raises(InputError, match="smaller than the image"):
         make_loader(AugmentConfig(pad=12, pad_mode="reflect"))
 
@@ -85,7 +85,7 @@ def test_a_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
     assert not torch.equal(other.batch(4, some)[0], part)
 
 
-def test_alternating_flip_shows_each_picture_both_ways_in_two_epochs() -> None:
+def test_alternating_flip_shows_each_image_both_ways_in_two_epochs() -> None:
     indices = torch.arange(1000)
     even, odd = (draw_flips("alternating", 1, epoch, indices) for epoch in (6, 7))
     assert torch.equal(even, ~odd)
@@ -128,13 +128,13 @@ def test_random_erasing_keeps_to_its_probability_and_area() -> None:
     assert share[hit].min() > 0.01 and share[hit].max() < 0.36
 
 
-def test_cutout_blanks_a_square_around_a_pixel_of_the_picture() -> None:
+def test_cutout_blanks_a_square_around_a_pixel_of_the_image() -> None:
     blanked = augment.cut_out(torch.ones(500, 1, 16, 16), 6, 0, 0, torch.arange(500)) == 0
     counts = blanked.sum(dim=(1, 2, 3))
     assert counts.max() == 36 and counts.min() >= 9
 
 
-def test_mixup_of_extreme_weights_is_one_of_the_pictures() -> None:
+def test_mixup_of_extreme_weights_is_one_of_the_images() -> None:
     own, other = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
     mixed = mixup(own, other, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(mixed[0], own[0])

@@ -157,7 +157,7 @@ def test_without_locks_decoders_do_not_harm_each_other(
 
 
 def numbered(labels: list[int]) -> Split:
-    """Pictures whose first pixel is their own number."""
+    """Images whose first pixel is their own number."""
     images = np.zeros((len(labels), 2, 2, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(len(labels))
     return Split(images, np.array(labels, dtype=np.int64))
@@ -198,7 +198,7 @@ def test_train_val_split_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 0, 10, 11])
-def test_train_val_split_needs_pictures_on_both_sides(count: int) -> None:
+def test_train_val_split_needs_images_on_both_sides(count: int) -> None:
     with pytest.raises(InputError, match=f"got {count}"):
         train_val_split(numbered([0, 1] * 5), count)
 

@@ -84,8 +84,8 @@ def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) ->
             losses.append(loss.item() * len(indices))
         assert run.history[epoch]["train_loss"] == pytest.approx(sum(losses) / 120, rel=1e-5)
         scheduler.step()
-    for ours, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for first, second in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
 def test_training_learns_and_leaves_every_promised_file(
@@ -167,16 +167,15 @@ def test_resume_is_bit_exact_mid_epoch(
     assert generations(tmp_path)[0].name == "step-6"
     resumed = fit(config, data=squares, out=tmp_path, resume=True)
     assert_same_weights(resumed.model, whole.model)
-    for ours, theirs in zip(resumed.history, whole.history, strict=True):
-        assert ours["train_loss"] == theirs["train_loss"]
-        assert ours["train_accuracy"] == theirs["train_accuracy"]
+    for first, second in zip(resumed.history, whole.history, strict=True):
+        assert first["train_loss"] == second["train_loss"]
+        assert first["train_accuracy"] == second["train_accuracy"]
 
 
 SCRIPT = """
     import sys
     from tests.classify.conftest import coloured_squares
-    from labkit.classify.data import ImageData, Split, train_val_split
-from labkit.classify.evaluate import evaluate
+    from labkit.classify.data import ImageData
     from labkit.classify.fit import fit
     from labkit.classify.config import TrainConfig
     import json, torch
@@ -254,8 +253,8 @@ def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> N
         for name in ("one", "two")
     )
     assert len(one) == len(two) == config.epochs
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+    for first, second in zip(one, two, strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], abs=1e-4)
 
 
 def test_an_interrupt_finishes_the_step_saves_and_stops(

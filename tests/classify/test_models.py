@@ -190,9 +190,9 @@ def test_pretrained_weights_come_from_the_hub_into_the_backbone(hub: LoopbackHub
     assert loaded["backbone.head.weight"].shape == (10, 384)
 
 
-def test_our_names_are_listed_first_and_timms_on_request() -> None:
-    ours = list_models()
-    assert ours == ["resnet18", "resnet18-3x3", "vit", "vit-finetune", "speed"]
+def test_own_names_are_listed_first_and_timms_on_request() -> None:
+    own_names = list_models()
+    assert own_names == ["resnet18", "resnet18-3x3", "vit", "vit-finetune", "speed"]
     names = list_models(timm=True)
-    assert names[: len(ours)] == ours and "vit_small_patch16_224" in names
+    assert names[: len(own_names)] == own_names and "vit_small_patch16_224" in names
     assert len(set(names)) == len(names)

@@ -31,8 +31,8 @@ def rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> li
 def test_cosine_per_epoch_is_torchs_cosine_annealing() -> None:
     config = TrainConfig(epochs=7, schedule_per="epoch")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = rates(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7)
-    for epoch, expected in enumerate(theirs):
+    torch_rates = rates(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7)
+    for epoch, expected in enumerate(torch_rates):
         for step in (0, 3, 9):
             assert lr_at(epoch * 10 + step, 10, config) == pytest.approx(expected, abs=1e-9)
 
@@ -45,8 +45,8 @@ def test_one_cycle_is_torchs_one_cycle() -> None:
     )
     peak = 0.3 * total - 1  # OneCycleLR peaks at this step of total - 1
     for step, expected in enumerate(rates(optimizer, scheduler, total - 1)):
-        ours = lr_factor(step / (total - 1), peak / (total - 1), "one-cycle")
-        assert ours == pytest.approx(expected, abs=1e-6)
+        factor = lr_factor(step / (total - 1), peak / (total - 1), "one-cycle")
+        assert factor == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle"])

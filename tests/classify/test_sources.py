@@ -291,7 +291,7 @@ def test_truncated_parquet_is_named(parquet_folder: Path, labkit_cache: Path, ke
     assert not list(labkit_cache.rglob("*.json"))
 
 
-def test_picture_damaged_inside_a_parquet_is_named(parquet_folder: Path) -> None:
+def test_image_damaged_inside_a_parquet_is_named(parquet_folder: Path) -> None:
     table = pq.read_table(parquet_folder / HUB_FILES["test"])
     cells = table.column("img").to_pylist()
     cells[3]["bytes"] = cells[3]["bytes"][:60]
@@ -314,7 +314,7 @@ def test_parquet_of_another_layout_is_refused(parquet_folder: Path) -> None:
         load_data(str(parquet_folder))
 
 
-def test_parquet_pictures_of_another_size_are_refused(parquet_folder: Path) -> None:
+def test_parquet_images_of_another_size_are_refused(parquet_folder: Path) -> None:
     images = np.zeros((20, 28, 28, 3), np.uint8)
     (parquet_folder / HUB_FILES["test"]).write_bytes(parquet((images, TEST[1])))
     with pytest.raises(InputError, match="28 x 28 pixels, not 32 x 32"):
@@ -355,10 +355,10 @@ def test_image_folder_names_its_classes(image_folder: Path) -> None:
     assert loaded.train.images.shape == (4, 16, 16, 3)
 
 
-def test_pictures_are_resized_then_cut_to_the_centre(image_folder: Path) -> None:
-    picture = Image.fromarray(random_images(1, 3)[0][0]).resize((128, 64))
-    picture.save(image_folder / "train" / "ant" / "0.png")
-    resized = picture.resize((64, 32), Image.Resampling.BICUBIC)
+def test_images_are_resized_then_cut_to_the_centre(image_folder: Path) -> None:
+    image = Image.fromarray(random_images(1, 3)[0][0]).resize((128, 64))
+    image.save(image_folder / "train" / "ant" / "0.png")
+    resized = image.resize((64, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((16, 0, 48, 32)))
     got = load_data(str(image_folder)).train.images[0]
     inner = slice(4, -4)  # nearer to the cut the filter sees other neighbours
@@ -378,7 +378,7 @@ def test_camera_orientation_is_honoured(image_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "suffix", "expected"),
+    ("image", "suffix", "expected"),
     [
         (Image.new("L", (40, 40), 77), "png", [77, 77, 77]),
         (Image.new("1", (40, 40), 1), "png", [255, 255, 255]),
@@ -407,25 +407,25 @@ def test_camera_orientation_is_honoured(image_folder: Path) -> None:
     ],
 )
 def test_every_mode_becomes_rgb(
-    image_folder: Path, picture: Image.Image, suffix: str, expected: list[int]
+    image_folder: Path, image: Image.Image, suffix: str, expected: list[int]
 ) -> None:
-    picture.save(image_folder / "train" / "ant" / f"!.{suffix}")  # sorts first
+    image.save(image_folder / "train" / "ant" / f"!.{suffix}")  # sorts first
     got = load_data(str(image_folder)).train.images[0]
     np.testing.assert_array_equal(got, np.broadcast_to(expected, (32, 32, 3)))
 
 
 def test_floats_outside_0_to_1_are_named(image_folder: Path) -> None:
-    picture = Image.fromarray(np.full((40, 40), 7.0, np.float32))
-    picture.save(image_folder / "train" / "ant" / "bright.tiff")
+    image = Image.fromarray(np.full((40, 40), 7.0, np.float32))
+    image.save(image_folder / "train" / "ant" / "bright.tiff")
     with pytest.raises(InputError, match=r"1 files.*bright\.tiff.*must lie in \[0, 1\]"):
         load_data(str(image_folder))
 
 
 def test_palette_with_transparency_shows_white(image_folder: Path) -> None:
-    picture = Image.new("P", (40, 40), 1)
-    picture.putpalette([0, 0, 0, 200, 0, 0])
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 200, 0, 0])
     path = image_folder / "train" / "ant" / "0.png"
-    picture.save(path, transparency=bytes([255, 0]))
+    image.save(path, transparency=bytes([255, 0]))
     assert load_data(str(image_folder)).train.images[0].min() == 255
 
 
@@ -435,7 +435,7 @@ def test_hidden_files_are_left_out(image_folder: Path) -> None:
     assert len(load_data(str(image_folder)).train) == 4
 
 
-def test_unreadable_pictures_are_named_together(image_folder: Path, labkit_cache: Path) -> None:
+def test_unreadable_images_are_named_together(image_folder: Path, labkit_cache: Path) -> None:
     whole = (image_folder / "train" / "cat" / "1.png").read_bytes()
     (image_folder / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (image_folder / "train" / "ant" / "notes.txt").write_text("hello")
@@ -444,7 +444,7 @@ def test_unreadable_pictures_are_named_together(image_folder: Path, labkit_cache
     assert not list(labkit_cache.rglob("*.npy"))
 
 
-def test_pictures_with_too_many_pixels_are_not_decoded(
+def test_images_with_too_many_pixels_are_not_decoded(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "MAX_PIXELS", 40 * 50)
@@ -481,7 +481,7 @@ def test_train_and_test_must_agree_on_classes(image_folder: Path) -> None:
         load_data(str(image_folder))
 
 
-def test_new_picture_or_size_is_decoded_anew(image_folder: Path) -> None:
+def test_new_image_or_size_is_decoded_anew(image_folder: Path) -> None:
     before = load_data(str(image_folder))
     Image.new("RGB", (33, 33)).save(image_folder / "train" / "ant" / "9.png")
     after = load_data(str(image_folder))

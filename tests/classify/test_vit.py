@@ -72,23 +72,23 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), SHAPES)
+@pytest.mark.parametrize(("options", "timm_options"), SHAPES)
 def test_logits_and_gradients_equal_those_of_timm(
-    ours: dict[str, Any], theirs: dict[str, Any]
+    options: dict[str, Any], timm_options: dict[str, Any]
 ) -> None:
-    size = ours["image_size"]
+    size = options["image_size"]
     reference = TimmTransformer(
         img_size=size,
-        patch_size=ours["patch_size"],
-        embed_dim=ours["embed_dim"],
-        depth=ours["depth"],
-        num_heads=ours["num_heads"],
-        mlp_ratio=ours.get("mlp_ratio", 4.0),
+        patch_size=options["patch_size"],
+        embed_dim=options["embed_dim"],
+        depth=options["depth"],
+        num_heads=options["num_heads"],
+        mlp_ratio=options.get("mlp_ratio", 4.0),
         num_classes=7,
-        **theirs,
+        **timm_options,
     ).eval()
     shake(reference)
-    model = VisionTransformer(num_classes=7, **ours).eval()
+    model = VisionTransformer(num_classes=7, **options).eval()
     model.load_state_dict(reference.state_dict())
     images, labels = noise(4, 3, size, size), torch.arange(4)
 
