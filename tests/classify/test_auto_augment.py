@@ -135,7 +135,9 @@ def test_trivial_augment_applies_to_each_image_what_its_index_draws() -> None:
 @pytest.mark.parametrize("operations", [1, 3])
 def test_rand_augment_applies_its_operations_in_turn(operations: int) -> None:
     images, indices = noise(60), torch.arange(60)
-    augmented = auto_augment.rand_augment(images, 3, 4, indices, operations=operations, magnitude=19)
+    augmented = auto_augment.rand_augment(
+        images, 3, 4, indices, operations=operations, magnitude=19
+    )
     sequences = set()
     for image, index, result in zip(images, indices.tolist(), augmented, strict=True):
         steps = [drawn_operation("rand", (32, 32), index, step, 19) for step in range(operations)]

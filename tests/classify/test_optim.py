@@ -31,7 +31,9 @@ def rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> li
 def test_cosine_per_epoch_is_torchs_cosine_annealing() -> None:
     config = TrainConfig(epochs=7, schedule_per="epoch")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    torch_rates = rates(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7)
+    torch_rates = rates(
+        optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7
+    )
     for epoch, expected in enumerate(torch_rates):
         for step in (0, 3, 9):
             assert lr_at(epoch * 10 + step, 10, config) == pytest.approx(expected, abs=1e-9)
