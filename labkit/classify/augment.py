@@ -236,11 +236,15 @@ class TrainLoader:
         seeds = integers(self._config.seed, epoch, indices, "transform", 2**31)
         height, width = self._split.images.shape[1:3]
         images = torch.empty(len(indices), 3, height, width)
-        with use_seed(0):
+        with use_seed(0):  # restores all generators at the end
             for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(
+                    seed
+                )  # torch.manual_seed takes 100 times longer
+                if self._device.type == "cuda":
+                    torch.cuda.manual_seed_all(seed)
                 image = transform(Image.fromarray(self._split.images[index]))
                 if not isinstance(image, Tensor):
                     image = torch.from_numpy(as_pixels(image, "transform")).permute(2, 0, 1)

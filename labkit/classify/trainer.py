@@ -152,30 +152,6 @@ def _make_step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % 2**63
 
 
-def train_one_epoch(
-    trainer: Trainer, state: TrainState, callbacks: Sequence[Callback] = ()
-) -> None:
-    """Train from `state.step` to the end of `state.epoch`, in the order that (seed, epoch) gives.
-
-    Args:
-        trainer: what to train on, and how.
-        state: changes with every step.
-        callbacks: their `on_step_end` is called after every step; its time counts as training.
-    """
-    order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
-    batches = torch.split(order, trainer.config.batch_size)
-    trainer.forward.train()
-    clock = time.perf_counter()
-    for indices in batches[state.step :]:
-        trainer.step(state, indices)
-        clock, before = time.perf_counter(), clock
-        state.seconds += clock - before
-        for callback in callbacks:
-            callback.on_step_end(state)
-    state.sums.cpu()  # waits for the device
-    state.seconds += time.perf_counter() - clock
-
-
 class Callback:
     """What is called while `labkit.fit` trains; override the methods that you need.
 
@@ -278,6 +254,30 @@ class ProgressBar(Callback):
     def on_train_end(self, state: TrainState) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def train_one_epoch(
+    trainer: Trainer, state: TrainState, callbacks: Sequence[Callback] = ()
+) -> None:
+    """Train from `state.step` to the end of `state.epoch`, in the order that (seed, epoch) gives.
+
+    Args:
+        trainer: what to train on, and how.
+        state: changes with every step.
+        callbacks: their `on_step_end` is called after every step; its time counts as training.
+    """
+    order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
+    batches = torch.split(order, trainer.config.batch_size)
+    trainer.forward.train()
+    clock = time.perf_counter()
+    for indices in batches[state.step :]:
+        trainer.step(state, indices)
+        clock, before = time.perf_counter(), clock
+        state.seconds += clock - before
+        for callback in callbacks:
+            callback.on_step_end(state)
+    state.sums.cpu()  # waits for the device
+    state.seconds += time.perf_counter() - clock
 
 
 def check_health(loss: float, scaler: GradScaler, epoch: int) -> None:

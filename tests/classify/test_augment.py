@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchvision.transforms.v2 import functional as TF
 
@@ -168,3 +171,35 @@ def test_mixing_stops_when_it_was_told_to() -> None:
 def test_mixing_weights_follow_the_beta_distribution(alpha: float) -> None:
     drawn = augment.draw_beta(alpha, 0, 0, torch.arange(5000), "weights").double().numpy()
     assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def draw_from_every_generator(image: Image.Image) -> torch.Tensor:
+    shift = random.random() * np.random.rand() * torch.rand(())
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 + shift) / 2
+
+
+def test_a_transforms_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
+    loader = TrainLoader(noise(), TrainConfig(), CPU, draw_from_every_generator)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    whole = loader.pixels(4, torch.arange(40))
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    some = torch.tensor([31, 2, 2, 17])
+    assert torch.equal(loader.pixels(4, some), whole[some])
+    assert not torch.equal(loader.pixels(5, some), whole[some])
+    other = TrainLoader(noise(), TrainConfig(seed=1), CPU, draw_from_every_generator)
+    assert not torch.equal(other.pixels(4, some), whole[some])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda image: image, TF.to_image, lambda image: TF.to_image(image).float() / 255],
+    ids=["pil", "tensor", "floats"],
+)
+def test_a_transform_that_changes_nothing_gives_the_plain_batch(convert: Any) -> None:
+    config, indices = TrainConfig(), torch.tensor([5, 0, 7])
+    images, labels = TrainLoader(noise(), config, CPU, convert).batch(0, indices)
+    expected, expected_labels = TrainLoader(noise(), config, CPU).batch(0, indices)
+    torch.testing.assert_close(images, expected)
+    assert torch.equal(labels, expected_labels)
