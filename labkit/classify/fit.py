@@ -309,7 +309,7 @@ def _resolve_optimizer(
             "model.parameters(), or give a function that makes one of the parameters"
         )
     for group in optimizer.param_groups:
-        group["peak_lr"] = float(group["lr"])
+        group.setdefault("peak_lr", float(group["lr"]))  # an optimizer may come a second time
     return optimizer
 
 

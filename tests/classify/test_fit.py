@@ -624,6 +624,9 @@ def test_an_optimizer_over_the_parameters_keeps_the_peaks_of_its_groups(squares:
     for low, high in rates:
         assert low == pytest.approx(high / 100)
     assert max(high for _, high in rates) == pytest.approx(0.1, rel=0.05)
+    rates.clear()
+    fit_own(squares, model=model, optimizer=optimizer, callbacks=[Rates()])
+    assert max(high for _, high in rates) == pytest.approx(0.1, rel=0.05)
 
 
 @pytest.mark.parametrize(
