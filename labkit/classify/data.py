@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from labkit.classify.sources import SPLITS, Source, find_source
+from labkit.classify.sources import SPLITS, Batch, Source, find_source
 from labkit.files import compute_checksum, get_cache_dir, lock_file, open_atomic, write_json
 from labkit.images import load_image, to_rgb
 from labkit.runtime import InputError, SourceError, shows_progress
@@ -88,7 +88,8 @@ class ImageData:
         fingerprint: hex digits that identify the files, the code or the bytes of the pixels.
 
     Raises:
-        InputError: the two splits differ in their classes or in the size of their images.
+        InputError: the two splits differ in their classes or in the size of their images, or there
+            is only one class.
     """
 
     train: Split
@@ -103,6 +104,8 @@ class ImageData:
                 f"train has the classes {self.train.classes}, test {self.test.classes}; "
                 "give both the same names: Split(images, labels, classes)"
             )
+        if len(self.train.classes) < 2:
+            raise InputError(f"{self.name} has {len(self.train.classes)} class; give at least 2")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             train, test = self.train.images.shape[1:3], self.test.images.shape[1:3]
             raise InputError(f"train has images of {train}, test of {test}; resize them alike")
@@ -231,7 +234,9 @@ def _decode(folder: Path, source: str, origin: Source) -> None:
     )
 
 
-def _write_images(path: Path, batches: Any, count: int | None, origin: Source) -> NDArray[np.int64]:
+def _write_images(
+    path: Path, batches: Iterable[Batch], count: int | None, origin: Source
+) -> NDArray[np.int64]:
     """Decode batch by batch straight into the file; the labels (N,) of what was written."""
     from tqdm.auto import tqdm
 

@@ -356,5 +356,7 @@ def test_the_test_split_takes_the_classes_of_the_training_split() -> None:
         ImageData.from_splits(TRAIN, Split(*TEST, classes=names))
     with pytest.raises(InputError, match="test: labels must be from 0 to 1"):
         ImageData.from_splits(few, TEST)
+    with pytest.raises(InputError, match="custom data has 1 class"):
+        ImageData.from_splits((IMAGES, LABELS * 0), (IMAGES, LABELS * 0))
     with pytest.raises(InputError, match="resize them alike"):
         ImageData.from_splits(TRAIN, (IMAGES[:, :16], LABELS))
