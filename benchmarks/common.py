@@ -17,8 +17,8 @@ from labkit.files import write_json
 from labkit.runtime import describe_device, get_versions
 
 
-def rate(run: Callable[[], int]) -> float:
-    """Pictures a second of one call of `run`, which returns how many it handled."""
+def measure_rate(run: Callable[[], int]) -> float:
+    """Images per second of one call of `run`, which returns how many it handled."""
     started = time.perf_counter()
     count = run()
     return count / (time.perf_counter() - started)
@@ -32,7 +32,7 @@ def alternate(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, l
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            measured = rate(run)
+            measured = measure_rate(run)
             print(f"round {number} {name:<14}{measured:12,.0f} images/s", flush=True)
             if number:
                 rates[name].append(measured)
@@ -49,7 +49,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _processor() -> str:
+def _describe_processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
@@ -63,7 +63,7 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     full = {
         **result,
         "device": describe_device(device),
-        "processor": _processor(),
+        "processor": _describe_processor(),
         "versions": get_versions(),
     }
     write_json(path, full)

@@ -1,6 +1,6 @@
-"""Augmented batches a second on a CPU: ours against the usual torchvision pipeline.
+"""Augmented batches a second on a CPU: labkit against the usual torchvision pipeline.
 
-Both give every picture of one pass, cropped with padding 4, mirrored at random and normalised, in
+Both give every image of one epoch, cropped with padding 4, mirrored at random and normalised, in
 batches of 256. The pixels are random: neither side looks at them.
 """
 
@@ -16,15 +16,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from labkit import AugmentConfig, Split, TrainConfig, TrainingImages
+from labkit import AugmentConfig, Split, TrainConfig
+from labkit.classify.augment import TrainLoader
 from labkit.rng import permutation
 
 BATCH = 256
 CONFIG = TrainConfig(batch_size=BATCH, augment=AugmentConfig(pad=4, flip="random"))
 
 
-class PictureDataset(Dataset[tuple[torch.Tensor, int]]):
-    """Pictures as torchvision's `CIFAR10` keeps and serves them: an array, a PIL image an item."""
+class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Images as torchvision's `CIFAR10` keeps and serves them: an array, a PIL image an item."""
 
     def __init__(self, split: Split) -> None:
         self._split = split
@@ -48,29 +49,29 @@ class PictureDataset(Dataset[tuple[torch.Tensor, int]]):
 def main() -> None:
     """Measure, and write benchmarks/results/loader.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=50_000)
+    parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader.json"))
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    count = arguments.pictures
+    count = arguments.images
     split = Split(
         rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count)
     )
-    ours = TrainingImages(split, 10, CONFIG, torch.device("cpu"))
-    theirs = DataLoader(PictureDataset(split), BATCH, shuffle=True, num_workers=2)
-    passes = iter(range(1_000))
+    labkit_loader = TrainLoader(split, CONFIG, torch.device("cpu"))
+    torch_loader = DataLoader(ImageDataset(split), BATCH, shuffle=True, num_workers=2)
+    epochs = iter(range(1_000))
 
-    def run_ours() -> int:
-        epoch = next(passes)
+    def run_labkit() -> int:
+        epoch = next(epochs)
         batches = torch.split(permutation(0, epoch, count), BATCH)
-        return sum(len(ours.batch(epoch, indices)[0]) for indices in batches)
+        return sum(len(labkit_loader.batch(epoch, indices)[0]) for indices in batches)
 
-    def run_theirs() -> int:
-        return sum(len(images) for images, _ in theirs)
+    def run_torchvision() -> int:
+        return sum(len(images) for images, _ in torch_loader)
 
-    rates = alternate({"labkit": run_ours, "torchvision": run_theirs}, arguments.rounds)
+    rates = alternate({"labkit": run_labkit, "torchvision": run_torchvision}, arguments.rounds)
     ratios = [a / b for a, b in zip(rates["labkit"], rates["torchvision"], strict=True)]
     write_result(
         arguments.out,
@@ -78,7 +79,7 @@ def main() -> None:
             "ratio": summary(ratios)["median"],
             "ratio_spread": summary(ratios),
             "images_per_second": {name: summary(rate) for name, rate in rates.items()},
-            "pictures": count,
+            "images": count,
             "batch_size": BATCH,
             "torchvision_workers": 2,
         },

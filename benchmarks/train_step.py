@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 from common import alternate, summary, write_result
-from loader import BATCH, PictureDataset
+from loader import BATCH, ImageDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from labkit import TrainingImages, get_preset, load_data
+from labkit import get_preset, load_data
+from labkit.classify.augment import TrainLoader
 from labkit.classify.fit import prepare
-from labkit.classify.models import model_for
+from labkit.classify.models import create_from_config
 from labkit.classify.trainer import train_one_epoch
 from labkit.runtime import World, pick_device, resolve_precision
 
@@ -39,16 +40,16 @@ def main() -> None:
     arguments = parser.parse_args()
     config, device = get_preset("seed-resnet18"), pick_device()
     precision, data = resolve_precision("auto", device), load_data(arguments.data)
-    pictures = arguments.steps * config.batch_size
+    count = arguments.steps * config.batch_size
     train = dataclasses.replace(
-        data.train, images=data.train.images[:pictures], labels=data.train.labels[:pictures]
+        data.train, images=data.train.images[:count], labels=data.train.labels[:count]
     )
-    trainer, state = prepare(config, data, train, device, precision, World())
+    trainer, state = prepare(config, train, device, precision, World())
 
-    def run_ours() -> int:
+    def run_labkit() -> int:
         train_one_epoch(trainer, state)
         state.step = 0
-        return pictures
+        return count
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor):
         with precision.autocast(device):
@@ -61,31 +62,31 @@ def main() -> None:
     def make(
         layout: torch.memory_format, **options: bool
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = model_for(config, len(data.classes)).to(device, memory_format=layout)
+        model = create_from_config(config, len(data.classes)).to(device, memory_format=layout)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, **options)
 
-    # The bare loop has our layout and our optimiser; the seed's has what the lab wrote.
+    # The bare loop has labkit's layout and optimiser; the seed's loop has what the lab wrote.
     bare = make(torch.channels_last, fused=True)
-    images = TrainingImages(train, len(data.classes), config, device)
-    ready = [images.batch(0, torch.arange(BATCH * i, BATCH * (i + 1))) for i in range(8)]
+    train_loader = TrainLoader(train, config, device)
+    ready = [train_loader.batch(0, torch.arange(BATCH * i, BATCH * (i + 1))) for i in range(8)]
 
     def run_bare() -> int:
         for number in range(arguments.steps):
             loss = step(*bare, *ready[number % len(ready)])
         loss.item()
-        return pictures
-
-    seed = make(torch.contiguous_format)
-    loader = DataLoader(PictureDataset(data.train), BATCH, shuffle=True, num_workers=2)
-
-    def run_seed() -> int:
-        count = 0
-        for x, y in islice(loader, arguments.steps):
-            step(*seed, x.to(device), y.to(device)).item()
-            count += len(y)
         return count
 
-    rates = alternate({"labkit": run_ours, "bare": run_bare, "seed": run_seed}, arguments.rounds)
+    seed = make(torch.contiguous_format)
+    loader = DataLoader(ImageDataset(data.train), BATCH, shuffle=True, num_workers=2)
+
+    def run_seed() -> int:
+        seen = 0
+        for x, y in islice(loader, arguments.steps):
+            step(*seed, x.to(device), y.to(device)).item()
+            seen += len(y)
+        return seen
+
+    rates = alternate({"labkit": run_labkit, "bare": run_bare, "seed": run_seed}, arguments.rounds)
     share = [a / b for a, b in zip(rates["labkit"], rates["bare"], strict=True)]
     ratio = [a / b for a, b in zip(rates["labkit"], rates["seed"], strict=True)]
     write_result(
@@ -93,7 +94,7 @@ def main() -> None:
         {
             "share_of_bare_loop": summary(share)["median"],
             "ratio_to_seed_loop": summary(ratio)["median"],
-            "peak_gib": peak_gib(arguments.data),
+            "peak_gib": measure_peak_gib(arguments.data),
             "share_spread": summary(share),
             "ratio_spread": summary(ratio),
             "images_per_second": {name: summary(values) for name, values in rates.items()},
@@ -104,12 +105,12 @@ def main() -> None:
     )
 
 
-def peak_gib(data: str) -> float:
+def measure_peak_gib(data: str) -> float:
     """Peak memory in GiB of a process that trains one epoch of `seed-resnet18` on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["train", "--preset", "seed-resnet18", "--data", data, "--epochs", "1"]
-        place = ["--device", "cpu", "--out", folder]
-        subprocess.run([sys.executable, "-m", "labkit", *command, *place], check=True)
+        options = ["--device", "cpu", "--out", folder]
+        subprocess.run([sys.executable, "-m", "labkit", *command, *options], check=True)
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
     return float(metrics["peak_memory_gib"])
 

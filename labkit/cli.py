@@ -36,8 +36,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
-    hold_out: Annotated[
-        int, typer.Option(help="Training pictures held out to choose the best epoch.")
+    val_size: Annotated[
+        int, typer.Option(help="Training images for validation, to choose the best epoch.")
     ] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
@@ -46,24 +46,25 @@ def train(
     """Train a preset, evaluate it once on the test split, and write a report."""
     from labkit.classify.config import get_preset
     from labkit.classify.fit import fit
+    from labkit.runtime import World
 
     changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     config = get_preset(
         preset,
         data=data,
         seed=seed,
-        hold_out=hold_out,
+        val_size=val_size,
         precision=precision,
         compile=compile_model,
         **changes,
     )
     folder = Path("runs") / preset if out is None else out
     run = fit(config, out=folder, resume=resume, device=device)
-    if run.folder is not None:
-        _tell(run)
+    if World.from_environment().is_main_process:
+        _print_metrics(run)
 
 
-def _tell(run: Any) -> None:
+def _print_metrics(run: Any) -> None:
     metrics = run.metrics
     low, high = metrics.accuracy_interval
     print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
@@ -75,7 +76,7 @@ def _tell(run: Any) -> None:
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    data: Annotated[str | None, typer.Option(help="Other pictures than it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other images than it was trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure a finished run again, and write its report anew."""
@@ -85,7 +86,7 @@ def evaluate(
     loaded = load_run(run, data=None if data is None else load_data(data), device=device)
     if data is None:
         loaded.report()
-    _tell(loaded)
+    _print_metrics(loaded)
 
 
 @app.command()

@@ -159,22 +159,6 @@ def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def mount_drive(name: Path | str) -> Path:
-    """The folder `labkit/<name>` of the user's Google Drive, mounted if it is not yet.
-
-    Raises:
-        InputError: this is not Colab.
-    """
-    try:
-        from google.colab import drive
-    except ImportError as error:
-        raise InputError(
-            "Google Drive can only be mounted in Colab; elsewhere set use_drive = False"
-        ) from error
-    drive.mount("/content/drive")
-    return Path("/content/drive/MyDrive/labkit") / name
-
-
 def has_digest(path: Path, digest: str) -> bool:
     """Return whether `path` is a file with the checksum `digest`.
 

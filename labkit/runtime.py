@@ -331,17 +331,6 @@ def measure_peak_memory(device: torch.device) -> float:
     return peak / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
-def gpu_advice(device: torch.device, work: str = "training") -> str:
-    """One line for the reader of a notebook: what `work` will run on, or how to get a GPU."""
-    if device.type == "cuda":
-        precision = resolve_precision("auto", device).name
-        return f"GPU: {torch.cuda.get_device_name(device)}, {work} in {precision}."
-    return (
-        "No GPU found. In Colab: Runtime > Change runtime type > T4 GPU, then Run all again. "
-        f"Without one, {work} runs on the {device.type.upper()} and takes far longer."
-    )
-
-
 def as_one_line(value: object) -> str:
     r"""Return `value` as one printable line of at most 120 characters.
 

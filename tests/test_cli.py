@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,22 +26,22 @@ def labkit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of two classes of 32 x 32 pictures, bright and dark."""
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of two classes of 32 x 32 images, bright and dark."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 8)):
         for name, level in (("dark", 40), ("bright", 200)):
-            folder = tmp_path / "pictures" / split / name
+            folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.mark.slow
-def test_train_eval_and_refusal_to_overwrite(pictures: Path, tmp_path: Path) -> None:
-    train = ["train", "--preset", "seed-resnet18", "--data", "pictures", "--epochs", "2"]
+def test_train_eval_and_refusal_to_overwrite(image_folder: Path, tmp_path: Path) -> None:
+    train = ["train", "--preset", "seed-resnet18", "--data", "images", "--epochs", "2"]
     train += ["--out", "out", "--device", "cpu"]
     done = labkit(*train, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,21 @@ def test_train_eval_and_refusal_to_overwrite(pictures: Path, tmp_path: Path) -> 
     again = labkit(*train, folder=tmp_path)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("labkit: out already holds a run")
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_only_the_main_process_prints_the_result(
+    rank: str, prints: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = SimpleNamespace(accuracy=0.5, accuracy_interval=(0.4, 0.6), accuracy_tta=0.55)
+    data = SimpleNamespace(name="demo scenes")
+    run = SimpleNamespace(metrics=metrics, data=data, note="demo", folder=Path("out"))
+    monkeypatch.setattr("labkit.classify.fit.fit", lambda *_, **__: run)
+    monkeypatch.setattr(sys, "argv", ["labkit", "train", "--preset", "demo", "--data", "scenes"])
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        main()
+    assert ("test accuracy   50.00%" in capsys.readouterr().out) == prints
 
 
 def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
@@ -71,6 +87,7 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["train", "--preset", "sed-resnet18"], "did you mean 'seed-resnet18'"),
         (["train", "--data", "no-such-folder"], "no-such-folder"),
         (["train", "--data", "scenes", "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "--data", "scenes", "--val-size=-1"], "val_size must be at least 0"),
         (["train", "--data", "scenes", "--device", "warp"], "device 'warp' is unknown"),
         (["segment", "gone.png", "--prompt", "star", "--profile", "demo"], "gone.png"),
         (["segment", "x.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),

@@ -1,12 +1,14 @@
-"""Batched augmentation on the device.
+"""Batched augmentation on the device, and the loader that cuts training batches.
 
-Every draw is a function of (seed, epoch, index of the picture), so that neither order, nor the
-number of processes, nor resumption in mid-epoch can change what the model sees.
+Every random number is a function of (seed, epoch, index of the image), so that neither order,
+nor the number of processes, nor resumption in mid-epoch can change what the model sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +17,19 @@ from torch.nn import functional as F
 
 from labkit.classify.auto_augment import rand_augment, trivial_augment
 from labkit.classify.config import TrainConfig
-from labkit.classify.data import Split
+from labkit.classify.data import Split, as_pixels, check_unit_range
 from labkit.rng import integers, uniform
-from labkit.runtime import InputError
+from labkit.runtime import InputError, use_seed
+
+Transform = Callable[[Any], Any]
+"""A PIL image to a PIL image, or to a tensor (3, H, W), uint8 or floats in [0, 1]."""
 
 
-def flip_mask(flip: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Which pictures are mirrored: (B,) bool.
+def draw_flips(flip: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Draw which images are mirrored: (B,) bool.
 
     `alternating` mirrors a random half in even epochs and the other half in odd ones, so that
-    two epochs show every picture both ways (Jordan 2024, arXiv 2404.00498, section 3.6).
+    two epochs show every image both ways (Jordan 2024, arXiv 2404.00498, section 3.6).
     """
     if flip == "none":
         return torch.zeros_like(indices, dtype=torch.bool)
@@ -34,12 +39,12 @@ def flip_mask(flip: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
 
 
 def mirror(images: Tensor, mask: Tensor) -> Tensor:
-    """Images (B, C, H, W), mirrored left-right where `mask` (B,) is true."""
+    """Mirror images (B, C, H, W) left-right where `mask` (B,) is true."""
     return torch.where(mask[:, None, None, None], images.flip(3), images)
 
 
 def erase_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Images (B, C, H, W) with one box each set to 0; boxes are (B,) pixels and may overhang."""
+    """Set one box of each image (B, C, H, W) to 0; boxes are (B,) pixels and may overhang."""
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (B, H)
@@ -47,19 +52,19 @@ def erase_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width
     return images.masked_fill(in_rows[:, None, :, None] & in_columns[:, None, None, :], 0)
 
 
-def cutout(images: Tensor, size: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """A square of `size` pixels set to 0 around a random pixel (DeVries 2017, 1708.04552)."""
+def cut_out(images: Tensor, size: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Set a square of `size` pixels around a random pixel to 0 (DeVries 2017, 1708.04552)."""
     height, width = images.shape[2:]
     top = integers(seed, epoch, indices, "cutout.top", height) - size // 2
     left = integers(seed, epoch, indices, "cutout.left", width) - size // 2
-    side = torch.full_like(top, size)
-    return erase_boxes(images, top, left, side, side)
+    sizes = torch.full_like(top, size)
+    return erase_boxes(images, top, left, sizes, sizes)
 
 
-def random_erasing(
+def erase_randomly(
     images: Tensor, probability: float, seed: int, epoch: int, indices: Tensor
 ) -> Tensor:
-    """A rectangle of 2 to 33 % of the area set to 0, in some pictures (Zhong 2017, 1708.04896)."""
+    """Set 2 to 33 % of the area of some images to 0 (random erasing; Zhong 2017, 1708.04896)."""
 
     def draw(stream: str) -> Tensor:
         return uniform(seed, epoch, indices, f"erase.{stream}")
@@ -71,14 +76,14 @@ def random_erasing(
     box_width = (area / aspect).sqrt().round().clamp(max=width)
     top = (draw("top") * (height - box_height + 1)).floor()
     left = (draw("left") * (width - box_width + 1)).floor()
-    chosen = draw("chosen") < probability
-    return erase_boxes(images, top, left, box_height * chosen, box_width)
+    is_erased = draw("chosen") < probability
+    return erase_boxes(images, top, left, box_height * is_erased, box_width)
 
 
-def beta(alpha: float, seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
-    """Beta(alpha, alpha) draws, one a picture: (B,) float in [0, 1].
+def draw_beta(alpha: float, seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
+    """Draw from Beta(alpha, alpha), one number an image: (B,) floats in [0, 1].
 
-    Drawn by inverting the distribution function, of which alpha = 1 needs none.
+    The distribution function is inverted; for alpha = 1 it is the identity.
     """
     draws = uniform(seed, epoch, indices, stream)
     if alpha == 1.0:
@@ -90,14 +95,14 @@ def beta(alpha: float, seed: int, epoch: int, indices: Tensor, stream: str) -> T
 
 
 def mixup(images: Tensor, partners: Tensor, weight: Tensor) -> Tensor:
-    """`weight` (B,) of each picture and the rest of its partner (Zhang 2018, 1710.09412)."""
+    """Blend `weight` (B,) of each image with the rest of its partner (Zhang 2018, 1710.09412)."""
     return partners + weight[:, None, None, None] * (images - partners)
 
 
 def cutmix(
     images: Tensor, partners: Tensor, weight: Tensor, centre_y: Tensor, centre_x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A box of the partner pasted in (Yun 2019, 1905.04899).
+    """Paste a box of the partner into each image (Yun 2019, 1905.04899).
 
     Args:
         images: (B, C, H, W).
@@ -110,20 +115,25 @@ def cutmix(
         The mixed images, and the share (B,) of original area after clipping at the edges.
     """
     height, width = images.shape[2:]
-    side = (1 - weight).sqrt()
-    top = ((centre_y * height) - side * height / 2).round().clamp(0, height)
-    bottom = ((centre_y * height) + side * height / 2).round().clamp(0, height)
-    left = ((centre_x * width) - side * width / 2).round().clamp(0, width)
-    right = ((centre_x * width) + side * width / 2).round().clamp(0, width)
+    extent = (1 - weight).sqrt()
+    top = ((centre_y * height) - extent * height / 2).round().clamp(0, height)
+    bottom = ((centre_y * height) + extent * height / 2).round().clamp(0, height)
+    left = ((centre_x * width) - extent * width / 2).round().clamp(0, width)
+    right = ((centre_x * width) + extent * width / 2).round().clamp(0, width)
     hole = erase_boxes(torch.ones_like(images[:, :1]), top, left, bottom - top, right - left)
     share = 1 - (bottom - top) * (right - left) / (height * width)
     return torch.where(hole.bool(), images, partners), share
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images (B, 3, H, W) uint8 as float32 of mean 0 and deviation 1, in channels_last."""
+    """Images (B, 3, H, W) from [0, 255] to mean 0 and deviation 1: float32 in channels_last.
+
+    `mean` and `std` hold one number a channel, of pixels in [0, 1].
+    """
     _, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = images.permute(0, 2, 3, 1).to(
+        torch.float32, memory_format=torch.contiguous_format, copy=True
+    )
     # Over flat rows of H * W * 3 the arithmetic is vectorised, over three channels it is not.
     rows = pixels.view(len(images), height * width * channels)
     offset = 255 * torch.tensor(mean, device=images.device).repeat(height * width)
@@ -132,7 +142,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def pad(images: Tensor, width: int, mode: str) -> Tensor:
-    """Images (B, H, W, C) with `width` pixels more on every side, black or mirrored (`reflect`)."""
+    """Add `width` pixels on every side of images (B, H, W, C), black or mirrored (`reflect`)."""
     if width == 0:
         return images
     if mode == "zero":
@@ -146,92 +156,152 @@ def pad(images: Tensor, width: int, mode: str) -> Tensor:
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """A window (B, C, height, width) of each of `images` (B, H, W, C), at `top` and `left` (B,)."""
+    """Cut a window (B, C, height, width) out of images (B, H, W, C) at `top` and `left` (B,)."""
     windows = images.unfold(1, height, 1).unfold(2, width, 1)  # (B, rows, columns, C, h, w)
     return windows[torch.arange(len(images), device=images.device), top, left]
 
 
-class TrainingImages:
+class TrainLoader:
     """A training split on the device, from which augmented batches are cut.
 
-    On a CPU the pictures stay where they are, memory-mapped: only batches are padded.
+    On a CPU the images stay where they are, memory-mapped: only batches are padded.
+
+    Args:
+        split: the training images.
+        config: says how they are augmented and normalised.
+        device: where batches are made.
+        transform: replaces labkit's augmentation: gets each image as a PIL image and gives a
+            tensor (3, H, W), uint8 or floats in [0, 1], or a PIL image of the same size. What it
+            draws from Python's, NumPy's and torch's generators depends on (seed, epoch, index)
+            alone.
+
+    Raises:
+        InputError: the padding is too wide to be mirrored.
+
+    Example:
+        >>> split = Split(np.zeros((10, 32, 32, 3), np.uint8), np.arange(10))
+        >>> loader = TrainLoader(split, TrainConfig(), torch.device("cpu"))
+        >>> images, labels = loader.batch(0, torch.tensor([3, 7]))
+        >>> images.shape, labels.tolist()
+        (torch.Size([2, 3, 32, 32]), [3, 7])
     """
 
     def __init__(
-        self, split: Split, classes: int, config: TrainConfig, device: torch.device
+        self,
+        split: Split,
+        config: TrainConfig,
+        device: torch.device,
+        transform: Transform | None = None,
     ) -> None:
-        self._config = config
-        self._classes = classes
+        self._split, self._config, self._device = split, config, device
+        self._transform = transform
         self._labels = torch.from_numpy(split.labels).to(device)
-        self._images = torch.from_numpy(split.images).to(device)
-        side, width = min(split.images.shape[1:3]), config.augment.pad
-        if config.augment.pad_mode == "reflect" and width >= side:
+        if transform is None:
+            self._images = torch.from_numpy(split.images).to(device)
+        size, width = min(split.images.shape[1:3]), config.augment.pad
+        if config.augment.pad_mode == "reflect" and width >= size:
             raise InputError(
-                f"pad must be smaller than the picture ({side} pixels) where it mirrors, "
-                f"got {width}"
+                f"pad must be smaller than the image ({size} pixels) where it mirrors, got {width}"
             )
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def pixels(self, epoch: int, indices: Tensor) -> Tensor:
-        """Pictures `indices` as `epoch` shows them, before normalisation: (B, 3, H, W) uint8."""
+        """Images `indices` (B,) as `epoch` shows them, before normalisation: (B, 3, H, W).
+
+        They are uint8, or with `transform` float32, in [0, 255].
+        """
+        if self._transform is not None:
+            return self._transform_images(self._transform, epoch, indices)
         augment, seed = self._config.augment, self._config.seed
         offsets = 2 * augment.pad + 1
         top = integers(seed, epoch, indices, "crop.top", offsets)
         left = integers(seed, epoch, indices, "crop.left", offsets)
         height, width = self._images.shape[1:3]
-        padded = pad(self._images.index_select(0, indices), augment.pad, augment.pad_mode)
-        images = crop(padded, top, left, height, width)
+        wide = pad(self._images.index_select(0, indices), augment.pad, augment.pad_mode)
+        images = crop(wide, top, left, height, width)
         if augment.flip != "none":
-            images = mirror(images, flip_mask(augment.flip, seed, epoch, indices))
-        if augment.policy == "trivial":
+            images = mirror(images, draw_flips(augment.flip, seed, epoch, indices))
+        if augment.auto_augment == "trivial":
             images = trivial_augment(images, seed, epoch, indices)
-        elif augment.policy == "rand":
+        elif augment.auto_augment == "rand":
             images = rand_augment(images, seed, epoch, indices)
         return images
 
+    def _transform_images(self, transform: Transform, epoch: int, indices: Tensor) -> Tensor:
+        from PIL import Image
+
+        indices = indices.cpu()
+        seeds = integers(self._config.seed, epoch, indices, "transform", 2**31)
+        height, width = self._split.images.shape[1:3]
+        images = torch.empty(len(indices), 3, height, width)
+        with use_seed(0):  # restores all generators at the end
+            for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(
+                    seed
+                )  # torch.manual_seed takes 100 times longer
+                if self._device.type == "cuda":
+                    torch.cuda.manual_seed_all(seed)
+                image = transform(Image.fromarray(self._split.images[index]))
+                if not isinstance(image, Tensor):
+                    image = torch.from_numpy(as_pixels(image, "transform")).permute(2, 0, 1)
+                if image.shape != images.shape[1:]:
+                    raise InputError(
+                        f"transform must give (3, {height}, {width}), the size of the images, "
+                        f"got {tuple(image.shape)}"
+                    )
+                if image.is_floating_point():
+                    check_unit_range(image, "the image that transform gave")
+                    image = image * 255
+                images[row] = image
+        return images.to(self._device)
+
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of pictures `indices` as `epoch` shows them.
+        """The batch of images `indices` as `epoch` shows them.
 
         Args:
             epoch: counted from 0.
             indices: (B,) int64 positions in the split, on the device.
 
         Returns:
-            Normalised images (B, 3, H, W) float32 in channels_last, and their classes as (B,)
-            int64, or as (B, C) float probabilities in an epoch that mixes pictures.
+            Normalised images (B, 3, H, W) float32 in channels_last, and their labels as (B,)
+            int64, or as (B, C) float probabilities in an epoch that mixes images.
         """
-        images, labels = self._varied(epoch, indices), self._labels[indices]
+        images, labels = self._augment(epoch, indices), self._labels[indices]
         augment = self._config.augment
         mixes = augment.mixup > 0 or augment.cutmix > 0
         if not mixes or epoch >= augment.mix_until * self._config.epochs:
             return images, labels
-        partner = integers(self._config.seed, epoch, indices, "mix.partner", len(self))
-        images, share = self._mixed(epoch, indices, images, self._varied(epoch, partner))
-        own, other = (F.one_hot(each, self._classes) for each in (labels, self._labels[partner]))
+        partners = integers(self._config.seed, epoch, indices, "mix.partner", len(self))
+        images, share = self._mix(epoch, indices, images, self._augment(epoch, partners))
+        num_classes = len(self._split.classes)
+        own = F.one_hot(labels, num_classes)
+        other = F.one_hot(self._labels[partners], num_classes)
         return images, share[:, None] * own + (1 - share)[:, None] * other
 
-    def _varied(self, epoch: int, indices: Tensor) -> Tensor:
+    def _augment(self, epoch: int, indices: Tensor) -> Tensor:
         augment, seed = self._config.augment, self._config.seed
         images = normalise(self.pixels(epoch, indices), self._config.mean, self._config.std)
         if augment.cutout:
-            images = cutout(images, augment.cutout, seed, epoch, indices)
+            images = cut_out(images, augment.cutout, seed, epoch, indices)
         if augment.erase:
-            images = random_erasing(images, augment.erase, seed, epoch, indices)
+            images = erase_randomly(images, augment.erase, seed, epoch, indices)
         return images
 
-    def _mixed(
+    def _mix(
         self, epoch: int, indices: Tensor, images: Tensor, partners: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Images mixed by mixup or CutMix (a coin decides where both are on), and own shares."""
         augment, seed = self._config.augment, self._config.seed
         if augment.mixup > 0:
-            share = beta(augment.mixup, seed, epoch, indices, "mixup.weight")
+            share = draw_beta(augment.mixup, seed, epoch, indices, "mixup.weight")
             blended = mixup(images, partners, share)
             if augment.cutmix == 0:
                 return blended, share
-        weight = beta(augment.cutmix, seed, epoch, indices, "cutmix.weight")
+        weight = draw_beta(augment.cutmix, seed, epoch, indices, "cutmix.weight")
         centre_y = uniform(seed, epoch, indices, "cutmix.y")
         centre_x = uniform(seed, epoch, indices, "cutmix.x")
         pasted, area = cutmix(images, partners, weight, centre_y, centre_x)

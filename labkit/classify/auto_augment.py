@@ -46,7 +46,9 @@ def trivial_augment(images: Tensor, seed: int, epoch: int, indices: Tensor) -> T
     _check(images, indices)
     indices = indices.cpu()
     bins = integers(seed, epoch, indices, "policy.magnitude", BINS)
-    return _random_operation(images, bins, trivial_space(), (seed, epoch, indices), step=0)
+    return _apply_random_operation(
+        images, bins, make_trivial_space(), (seed, epoch, indices), step=0
+    )
 
 
 def rand_augment(
@@ -75,9 +77,9 @@ def rand_augment(
         raise InputError(f"magnitude must be from 0 to {BINS - 1}, got {magnitude}")
     indices = indices.cpu()
     bins = torch.full(indices.shape, magnitude)
-    space = rand_space(*images.shape[2:])
+    space = make_rand_space(*images.shape[2:])
     for step in range(operations):
-        images = _random_operation(images, bins, space, (seed, epoch, indices), step)
+        images = _apply_random_operation(images, bins, space, (seed, epoch, indices), step)
     return images
 
 
@@ -87,13 +89,13 @@ def apply_operations(images: Tensor, operations: Tensor, magnitudes: Tensor) -> 
     Args:
         images: (B, 3, H, W) uint8.
         operations: (B,) int64 on the CPU, positions in `NAMES`.
-        magnitudes: (B,) float32 on the CPU, in the units of `trivial_space`, with their signs.
+        magnitudes: (B,) float32 on the CPU, in the units of `make_trivial_space`, with their signs.
 
     Returns:
         (B, 3, H, W) uint8, contiguous.
     """
     order = torch.argsort(operations, stable=True)
-    runs = _runs(operations)
+    runs = _find_runs(operations)
     magnitudes = magnitudes[order]
     batch = images.index_select(0, order.to(images.device)).contiguous()
     _warp_runs(batch, magnitudes, runs)
@@ -105,24 +107,24 @@ def apply_operations(images: Tensor, operations: Tensor, magnitudes: Tensor) -> 
 
 
 @functools.cache
-def trivial_space() -> Tensor:
+def make_trivial_space() -> Tensor:
     """Magnitudes of TrivialAugmentWide: (operations, bins) float32, rows in the order of `NAMES`.
 
     Shears are slopes, translations pixels, rotations degrees; brightness, colour, contrast and
     sharpness are blended by 1 + magnitude; posterising keeps so many bits; solarising inverts
     from that grey level on. Rows of operations without a magnitude are zero.
     """
-    return _space(shear=0.99, shift=(32.0, 32.0), angle=135.0, blend=0.99, bits_lost=6)
+    return _make_space(shear=0.99, shift=(32.0, 32.0), angle=135.0, blend=0.99, bits_lost=6)
 
 
 @functools.cache
-def rand_space(height: int, width: int) -> Tensor:
-    """Magnitudes of RandAugment for images of this size, in the layout of `trivial_space`."""
+def make_rand_space(height: int, width: int) -> Tensor:
+    """Magnitudes of RandAugment for images of this size, in the layout of `make_trivial_space`."""
     shift = (150.0 / 331.0 * width, 150.0 / 331.0 * height)
-    return _space(shear=0.3, shift=shift, angle=30.0, blend=0.9, bits_lost=4)
+    return _make_space(shear=0.3, shift=shift, angle=30.0, blend=0.9, bits_lost=4)
 
 
-def _space(
+def _make_space(
     *, shear: float, shift: tuple[float, float], angle: float, blend: float, bits_lost: int
 ) -> Tensor:
     largest = {"ShearX": shear, "ShearY": shear, "TranslateX": shift[0], "TranslateY": shift[1]}
@@ -142,7 +144,7 @@ def _check(images: Tensor, indices: Tensor) -> None:
         raise InputError(f"indices must hold one number per image, got {got}")
 
 
-def _random_operation(
+def _apply_random_operation(
     images: Tensor, bins: Tensor, space: Tensor, counter: tuple[int, int, Tensor], step: int
 ) -> Tensor:
     operations = integers(*counter, f"policy.operation.{step}", len(NAMES))
@@ -151,7 +153,7 @@ def _random_operation(
     return apply_operations(images, operations, torch.where(negative, -magnitudes, magnitudes))
 
 
-def _runs(operations: Tensor) -> dict[str, slice]:
+def _find_runs(operations: Tensor) -> dict[str, slice]:
     """Where the images of each operation lie, once the batch is sorted by operation."""
     stops = torch.bincount(operations, minlength=len(NAMES)).cumsum(0).tolist()
     return {
@@ -164,11 +166,11 @@ def _warp_runs(batch: Tensor, magnitudes: Tensor, runs: dict[str, slice]) -> Non
     """Shear, translate and rotate, in place, the images whose turn it is."""
     warped = slice(runs["ShearX"].start, runs["Rotate"].stop)
     if warped.stop > warped.start:
-        matrices = _inverse_matrices(magnitudes, runs, *batch.shape[2:])[warped]
+        matrices = _make_inverse_matrices(magnitudes, runs, *batch.shape[2:])[warped]
         batch[warped] = _warp(batch[warped], matrices.to(batch.device))
 
 
-def _inverse_matrices(
+def _make_inverse_matrices(
     magnitudes: Tensor, runs: dict[str, slice], height: int, width: int
 ) -> Tensor:
     """Maps from where a pixel goes to where it comes from, both from the centre of the image.
@@ -215,25 +217,25 @@ def _blend(images: Tensor, degenerate: Tensor, magnitude: Tensor) -> Tensor:
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
-def _grey(images: Tensor) -> Tensor:
+def _convert_to_grey(images: Tensor) -> Tensor:
     """Luma without its fraction: (n, 1, H, W) float32."""
     red, green, blue = (weight * images[:, i : i + 1] for i, weight in enumerate(_LUMA))
     return (red + green + blue).trunc()
 
 
-def _brightness(images: Tensor, magnitude: Tensor) -> Tensor:
+def _adjust_brightness(images: Tensor, magnitude: Tensor) -> Tensor:
     return _blend(images, torch.zeros_like(magnitude), magnitude)
 
 
-def _colour(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _grey(images), magnitude)
+def _adjust_colour(images: Tensor, magnitude: Tensor) -> Tensor:
+    return _blend(images, _convert_to_grey(images), magnitude)
 
 
-def _contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), magnitude)
+def _adjust_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
+    return _blend(images, _convert_to_grey(images).mean((1, 2, 3), keepdim=True), magnitude)
 
 
-def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
+def _adjust_sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
     """Blend with a 3 x 3 blur of centre weight 5; the border has no blur and stays."""
     if min(images.shape[2:]) < 3:
         return images
@@ -243,11 +245,11 @@ def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
     return _blend(images, blurred, magnitude)
 
 
-def _posterise(images: Tensor, bits: Tensor) -> Tensor:
+def _posterize(images: Tensor, bits: Tensor) -> Tensor:
     return images & torch.bitwise_left_shift(255, 8 - bits.long()).to(torch.uint8)
 
 
-def _solarise(images: Tensor, threshold: Tensor) -> Tensor:
+def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(images >= threshold, 255 - images, images)
 
 
@@ -259,7 +261,7 @@ def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
     return torch.where(span > 0, stretched, images).clamp_(0, 255).to(torch.uint8)
 
 
-def _equalise(images: Tensor, _: Tensor) -> Tensor:
+def _equalize(images: Tensor, _: Tensor) -> Tensor:
     """Flatten each channel's histogram as Pillow does; a channel of too few levels stays."""
     values = images.flatten(2).long()  # (n, 3, H * W)
     ones = values.new_ones(()).expand_as(values)
@@ -275,14 +277,14 @@ def _equalise(images: Tensor, _: Tensor) -> Tensor:
 _GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _BLENDED = ("Brightness", "Color", "Contrast", "Sharpness")
 _PHOTOMETRIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Brightness": _brightness,
-    "Color": _colour,
-    "Contrast": _contrast,
-    "Sharpness": _sharpness,
-    "Posterize": _posterise,
-    "Solarize": _solarise,
+    "Brightness": _adjust_brightness,
+    "Color": _adjust_colour,
+    "Contrast": _adjust_contrast,
+    "Sharpness": _adjust_sharpness,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
     "AutoContrast": _autocontrast,
-    "Equalize": _equalise,
+    "Equalize": _equalize,
 }
 NAMES = ("Identity", *_GEOMETRIC, *_PHOTOMETRIC)
 """The operations, all equally likely; positions in it are what `apply_operations` takes."""

@@ -1,157 +1,181 @@
-"""Generations of training state on disk: written whole, checked when read, restored to the bit.
+"""The folder of a run: configuration, history, and generations of the training state.
 
-A generation is a folder `step-<n>` with `tensors.safetensors`, `state.json` and `manifest.json`
-(the checksums of the other two). It is written under a temporary name, flushed to the disk, and
-only then renamed; the generation before it is deleted last. A kill at any moment thus leaves a
-whole generation behind.
+A generation is a folder `checkpoints/step-<n>` with `state.pt` (written by `torch.save`) and
+`checksum.txt`, its SHA-256. It is written under a temporary name, flushed to the disk, and only
+then renamed; the generation before it is deleted last. A kill at any moment thus leaves a whole
+generation behind, from which training goes on bit for bit.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
+import secrets
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from labkit.files import compute_checksum, sync_folder
-from labkit.runtime import SourceError
+from labkit.classify.config import TrainConfig
+from labkit.files import (
+    compute_checksum,
+    mirror_folder,
+    open_atomic,
+    sync_folder,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+from labkit.runtime import InputError, SourceError
 
 logger = logging.getLogger(__name__)
 
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+CONFIG, HISTORY, CHECKPOINTS = "config.json", "history.jsonl", "checkpoints"
+STATE, CHECKSUM = "state.pt", "checksum.txt"
+KEPT_GENERATIONS = 2
 
 
-def split_state(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """`value` as JSON, its tensors moved into `tensors` under the path where each one stood.
+class RunFolder:
+    """The folder of one run, and the mirror that follows it.
 
-    Takes any nesting of dicts (with keys of any JSON scalar type), lists, tuples, tensors and
-    JSON scalars; tuples come back as lists.
+    Every process of a run has one; only that of the main process writes.
+
+    Args:
+        folder: where the run is kept; None keeps nothing.
+        config: the recipe of the run.
+        fingerprint: identifies its data.
+        mirror: a second folder that follows the first.
+        is_main_process: whether this process is the one that writes.
     """
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().to("cpu").contiguous()
-        return {"tensor": path}
-    if isinstance(value, dict):
-        items = [[key, split_state(item, tensors, f"{path}/{key}")] for key, item in value.items()]
-        return {"items": items}
-    if isinstance(value, list | tuple):
-        return [split_state(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
-    return value
 
-
-def join_state(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `split_state` took apart."""
-    if isinstance(value, list):
-        return [join_state(item, tensors) for item in value]
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {key: join_state(item, tensors) for key, item in value["items"]}
-    return value
-
-
-class CheckpointStore:
-    """The newest `keep` generations of a run's state, in one folder."""
-
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
-        self._keep = keep
+    def __init__(
+        self,
+        folder: Path | str | None,
+        config: TrainConfig,
+        fingerprint: str,
+        *,
+        mirror: Path | str | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._mirror = None if mirror is None else Path(mirror)
+        self._config, self._fingerprint = config, fingerprint
+        self._writes = self.folder is not None and is_main_process
 
     def generations(self) -> list[Path]:
         """Folders of the generations, newest first."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+        folders = [] if self.folder is None else list(self.folder.glob(f"{CHECKPOINTS}/step-*"))
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
-    def save(self, state: dict[str, Any], step: int) -> Path:
-        """Write `state` as the generation of `step` and drop the generations beyond `keep`.
+    def restore_from_mirror(self) -> None:
+        """Copy the run from its mirror, where only the mirror has it."""
+        if not self._writes or self.folder is None or self._mirror is None:
+            return
+        if self._mirror.is_dir() and not self.generations():
+            mirror_folder(self._mirror, self.folder, prune=CHECKPOINTS)
+
+    def update_mirror(self) -> None:
+        """Bring the mirror up to date."""
+        if self._writes and self.folder and self._mirror:
+            mirror_folder(self.folder, self._mirror, prune=CHECKPOINTS)
+
+    def save_config(self) -> None:
+        """Write the configuration."""
+        if self._writes and self.folder:
+            write_json(self.folder / CONFIG, self._config.to_json())
+
+    def save_history(self, history: list[dict[str, float]]) -> None:
+        """Write the history, one line an epoch."""
+        if self._writes and self.folder:
+            write_json_lines(self.folder / HISTORY, history)
+
+    def save_state(self, state: dict[str, Any], step: int) -> None:
+        """Write `state` as the generation of `step`, drop the oldest one, update the mirror.
+
+        Args:
+            state: nested dicts, lists and tuples of tensors and plain values.
+            step: number of steps since training began.
 
         Raises:
             SourceError: it could not be written; the generations before it are intact.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        final = self.folder / f"step-{step}"
-        partial = self.folder / f".partial-{uuid.uuid4().hex}"
-        tensors: dict[str, Tensor] = {}
-        skeleton = split_state(state, tensors)
+        if not self._writes or self.folder is None:
+            return
+        folder = self.folder / CHECKPOINTS
+        final, partial = folder / f"step-{step}", folder / f".partial-{secrets.token_hex(8)}"
+        identity = {"config": self._config.to_json(), "fingerprint": self._fingerprint}
         try:
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / _TENSORS)
-            (partial / _STATE).write_text(json.dumps(skeleton))
-            sums = {name: compute_checksum(partial / name) for name in (_TENSORS, _STATE)}
-            (partial / _MANIFEST).write_text(json.dumps(sums))
-            for name in (_TENSORS, _STATE, _MANIFEST):
-                _sync_file(partial / name)
-            sync_folder(partial)
+            with open_atomic(partial / STATE) as file:
+                torch.save({**identity, "state": state}, file)
+            write_text(partial / CHECKSUM, compute_checksum(partial / STATE))
             if final.exists():
-                os.replace(final, self.folder / f".replaced-{uuid.uuid4().hex}")
+                os.replace(final, folder / f".replaced-{secrets.token_hex(8)}")
             os.replace(partial, final)
-            sync_folder(self.folder)
-        except (OSError, SafetensorError) as error:
+            sync_folder(folder)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
             raise SourceError(
-                f"could not save a checkpoint in {self.folder}: {error}. Free some space or "
+                f"could not save a checkpoint in {folder}: {error}. Free some space or "
                 "choose another folder, then resume: the checkpoints before this one are intact."
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        leftovers = [*self.folder.glob(".partial-*"), *self.folder.glob(".replaced-*")]
-        for old in [*self.generations()[self._keep :], *leftovers]:
+        leftovers = [*folder.glob(".partial-*"), *folder.glob(".replaced-*")]
+        for old in [*self.generations()[KEPT_GENERATIONS:], *leftovers]:
             shutil.rmtree(old, ignore_errors=True)
-        return final
+        self.update_mirror()
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest whole generation; None where there is none at all.
+    def load_state(self, *, resume: bool = True) -> dict[str, Any] | None:
+        """The state in the newest whole generation of this very run; None where there is none.
 
         A damaged generation is passed over with a warning.
 
         Raises:
-            SourceError: there are generations, but every one is damaged.
+            InputError: there is one, but `resume` is not set, or it is of another configuration,
+                or of an older labkit.
+            SourceError: there are some, but all are damaged.
         """
         generations = self.generations()
+        if generations and not resume:
+            raise InputError(
+                f"{self.folder} already holds a run; resume it (resume=True, --resume), "
+                "or choose another folder"
+            )
         for generation in generations:
+            if (generation / "tensors.safetensors").exists():
+                raise InputError(
+                    f"the checkpoints in {self.folder} were written by an older labkit; finish "
+                    "the run with that version, or train in another folder"
+                )
             try:
-                return _read(generation)
-            except (OSError, ValueError, KeyError) as error:
+                if compute_checksum(generation / STATE) != (generation / CHECKSUM).read_text():
+                    raise ValueError(f"{STATE} does not match its checksum")
+                saved = torch.load(generation / STATE, map_location="cpu", weights_only=True)
+            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 logger.warning("checkpoint %s is damaged (%s): passed over", generation, error)
+                continue
+            self._check_identity(saved["config"], saved["fingerprint"])
+            state: dict[str, Any] = saved["state"]
+            return state
         if generations:
             raise SourceError(
                 f"every checkpoint in {self.folder} is damaged; delete that folder to start anew"
             )
         return None
 
-
-def _read(generation: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    sums = json.loads((generation / _MANIFEST).read_text())
-    for name in (_TENSORS, _STATE):
-        if compute_checksum(generation / name) != sums[name]:
-            raise ValueError(f"{name} does not match its checksum")
-    state: dict[str, Any] = join_state(
-        json.loads((generation / _STATE).read_text()), load_file(generation / _TENSORS)
-    )
-    return state
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load `state`, giving each buffer the memory layout of its parameter.
-
-    `Optimizer.load_state_dict` keeps the layout of the file, in which all is contiguous; that
-    would make every later step slower than before the interruption.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, buffers in optimizer.state.items():
-        for name, value in buffers.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                buffers[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    def _check_identity(self, saved: dict[str, Any], fingerprint: str) -> None:
+        config = self._config.to_json()
+        # The fingerprint of the data stands for where they came from.
+        changes = [
+            f"{name}: {saved.get(name)!r} -> {config[name]!r}"
+            for name in config
+            if name != "data" and config[name] != saved.get(name)
+        ]
+        if fingerprint != self._fingerprint:
+            changes.append("other images")
+        if changes:
+            raise InputError(
+                f"{self.folder} holds a run of another configuration ({'; '.join(changes)}). "
+                "Use the same settings to resume it, or choose another folder."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -12,6 +13,19 @@ from labkit.runtime import InputError, PrecisionName
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+_OLD_NAMES: Mapping[str, Mapping[str, str]] = {
+    "config": {"hold_out": "val_size"},
+    "augment": {"policy": "auto_augment"},
+    "vit": {
+        "patch": "patch_size",
+        "width": "embed_dim",
+        "heads": "num_heads",
+        "drop_path": "drop_path_rate",
+    },
+}
+"""What settings were called when runs of earlier versions were saved."""
 
 
 def _check_choices(config: object) -> None:
@@ -29,24 +43,31 @@ def _check_range(name: str, value: float, low: float, high: float = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How a training picture is varied; each step is off at its default.
+    """How a training image is varied; each step is off at its default.
 
     Attributes:
         pad: pixels added on every side before a random crop of the original size.
-        pad_mode: what the added pixels show: black, or the picture mirrored.
+        pad_mode: what the added pixels show: black (`zero`), or the image mirrored (`reflect`).
         flip: mirror left-right at random, or in alternate epochs after a random first one.
-        policy: TrivialAugmentWide, or RandAugment with 2 operations of magnitude 9.
-        erase: probability of blanking a rectangle (random erasing).
-        cutout: side in pixels of a square blanked in every picture (0: none).
+        auto_augment: TrivialAugmentWide, or RandAugment with 2 operations of magnitude 9.
+        erase: probability of setting a rectangle to 0 (random erasing).
+        cutout: side in pixels of a square that is set to 0 in every image (0: none).
         mixup: alpha of the Beta distribution of mixup weights (0: off).
         cutmix: alpha of the Beta distribution of CutMix areas (0: off).
         mix_until: fraction of the epochs after which mixup and CutMix stop.
+
+    Raises:
+        InputError: a setting is out of range.
+
+    Example:
+        >>> AugmentConfig(pad=4, flip="random").cutout
+        0
     """
 
     pad: int = 0
     pad_mode: Literal["zero", "reflect"] = "zero"
     flip: Literal["none", "random", "alternating"] = "none"
-    policy: Literal["none", "trivial", "rand"] = "none"
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
     erase: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
@@ -67,21 +88,39 @@ class TrainConfig:
 
     Attributes:
         preset: name of the recipe this configuration began as.
-        data: where the pictures come from (see `labkit.classify.data.load_data`).
-        image_size: side in pixels of the pictures; other than 32 only for a folder of images.
-        model: name for `labkit.classify.models.build_model`, with `model_options`.
-        batch_size: pictures per optimiser step, over all processes together.
+        data: where the images come from (see `labkit.load_data`); `custom` for your own.
+        image_size: height and width of the images in pixels; other than 32 only for a folder of
+            images and for your own data.
+        model: a name that `labkit.create_model` knows; `custom` for your own network.
+        model_options: further arguments of `labkit.create_model`.
+        epochs: how often training shows every training image.
+        batch_size: images per optimiser step, over all processes together.
+        optimizer: AdamW, SGD with Nesterov momentum, or Muon; `custom` for your own.
         learning_rate: peak of the schedule.
+        weight_decay: decay of the weights of linear and convolutional layers.
+        momentum: momentum of SGD.
         decay_all: decay norms and biases too, as plain `AdamW(model.parameters())` does.
         norm_bias_lr_scale: factor on the learning rate of BatchNorm biases.
         schedule: shape of the learning rate over the run, after `warmup_epochs` of linear rise.
         schedule_per: the schedule moves with every step, or stays constant within an epoch.
         ema_decay: decay per step of the averaged weights that are evaluated (0: off).
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
         clip_norm: largest norm of the gradient (0: no clipping).
-        hold_out: training pictures held out as validation split; when there are any, the epoch
+        augment: how training images are varied.
+        precision: arithmetic of the forward passes (see `labkit.runtime.resolve_precision`).
+        compile: use `torch.compile` where this machine can.
+        val_size: number of training images in the validation split; when there are any, the epoch
             of best validation accuracy counts, otherwise the last one.
+        seed: random seed.
         mean: channel means of the normalisation, in [0, 1].
         std: channel deviations of the normalisation.
+
+    Raises:
+        InputError: a setting is out of range.
+
+    Example:
+        >>> TrainConfig(model="vit", epochs=3).batch_size
+        256
     """
 
     preset: str = "custom"
@@ -91,7 +130,7 @@ class TrainConfig:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 40
     batch_size: int = 256
-    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon", "custom"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     momentum: float = 0.9
@@ -106,7 +145,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: PrecisionName = "auto"
     compile: bool = False
-    hold_out: int = 0
+    val_size: int = 0
     seed: int = 0
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
@@ -115,7 +154,7 @@ class TrainConfig:
         _check_choices(self)
         for name in ("epochs", "batch_size", "image_size"):
             _check_range(name, getattr(self, name), 1)
-        for name in ("weight_decay", "clip_norm", "hold_out", "norm_bias_lr_scale", "seed"):
+        for name in ("weight_decay", "clip_norm", "val_size", "norm_bias_lr_scale", "seed"):
             _check_range(name, getattr(self, name), 0)
         for name in ("momentum", "label_smoothing", "ema_decay"):
             _check_range(name, getattr(self, name), 0, 1)
@@ -127,23 +166,30 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
-        plain = dataclasses.asdict(self)
-        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that `to_json` described.
+        """The configuration that `to_json` described, also in an earlier version of labkit.
 
         Raises:
-            InputError: a key is missing its meaning in this version of labkit.
+            InputError: a setting is unknown to this version of labkit, or out of range.
         """
-        known = {item.name for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(plain) - known):
+        values = _rename(plain, "config")
+        if "augment" in values:
+            values["augment"] = _rename(values["augment"], "augment")
+        if values.get("model") == "vit":
+            values["model_options"] = _rename(values.get("model_options", {}), "vit")
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        unknown |= set(values.get("augment", ())) - {
+            field.name for field in dataclasses.fields(AugmentConfig)
+        }
+        if unknown:
             raise InputError(
-                f"settings {unknown} are unknown to this version of labkit; "
+                f"settings {sorted(unknown)} are unknown to this version of labkit; "
                 "use the version that wrote the run, or start a new one"
             )
-        values = dict(plain)
         for name in ("mean", "std"):
             if name in values:
                 values[name] = tuple(values[name])
@@ -152,8 +198,12 @@ class TrainConfig:
         return cls(**values)
 
 
+def _rename(settings: Mapping[str, Any], table: str) -> dict[str, Any]:
+    return {_OLD_NAMES[table].get(name, name): value for name, value in settings.items()}
+
+
 _CROP_FLIP = AugmentConfig(pad=4, flip="random")
-_STRONG = AugmentConfig(pad=4, flip="random", policy="trivial", erase=0.1, cutmix=1.0)
+_STRONG = AugmentConfig(pad=4, flip="random", auto_augment="trivial", erase=0.1, cutmix=1.0)
 
 PRESETS: Mapping[str, TrainConfig] = {
     config.preset: config
@@ -191,28 +241,34 @@ PRESETS: Mapping[str, TrainConfig] = {
         TrainConfig(
             preset="vit-classic",
             model="vit",
-            model_options={"patch": 4, "width": 384, "depth": 7, "heads": 12, "mlp_ratio": 1.0},
+            model_options={
+                "patch_size": 4,
+                "embed_dim": 384,
+                "depth": 7,
+                "num_heads": 12,
+                "mlp_ratio": 1.0,
+            },
             epochs=200,
             batch_size=128,
             learning_rate=1e-3,
             weight_decay=5e-2,
             warmup_epochs=5,
             label_smoothing=0.1,
-            augment=AugmentConfig(pad=4, flip="random", policy="trivial"),
+            augment=AugmentConfig(pad=4, flip="random", auto_augment="trivial"),
         ),
         TrainConfig(
             preset="vit",
             model="vit",
             model_options={
-                "patch": 2,
+                "patch_size": 2,
                 "tokens": "conv",
-                "width": 256,
+                "embed_dim": 256,
                 "depth": 8,
-                "heads": 8,
+                "num_heads": 8,
                 "pool": "mean",
                 "relative_bias": True,
                 "mimetic": True,
-                "drop_path": 0.1,
+                "drop_path_rate": 0.1,
                 "head_dropout": 0.3,
             },
             epochs=200,
@@ -262,11 +318,11 @@ PRESETS: Mapping[str, TrainConfig] = {
             data="scenes",
             model="vit",
             model_options={
-                "patch": 4,
+                "patch_size": 4,
                 "tokens": "conv",
-                "width": 96,
+                "embed_dim": 96,
                 "depth": 4,
-                "heads": 4,
+                "num_heads": 4,
                 "pool": "mean",
                 "relative_bias": True,
                 "mimetic": True,
@@ -278,46 +334,36 @@ PRESETS: Mapping[str, TrainConfig] = {
             schedule="one-cycle",
             warmup_epochs=2,
             clip_norm=1.0,
-            hold_out=1000,
+            val_size=1000,
             augment=_CROP_FLIP,
         ),
     )
 }
 
 
+def list_presets() -> list[str]:
+    """The names of the recipes that `get_preset` knows.
+
+    Example:
+        >>> "seed-resnet18" in list_presets()
+        True
+    """
+    return list(PRESETS)
+
+
 def get_preset(name: str, **changes: Any) -> TrainConfig:
-    """The preset called `name`, with `changes` to single fields.
+    """The recipe called `name`, with `changes` to single fields of `TrainConfig`.
 
     Raises:
         InputError: there is no such preset, or a change is out of range.
+
+    Example:
+        >>> config = get_preset("vit", epochs=20)
+        >>> config.model, config.epochs
+        ('vit', 20)
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"preset {name!r} is unknown; {hint}there are: {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
-
-
-def notebook_config(
-    preset: str, *, profile: str, epochs: int = 0, seed: int = 0, hold_out: int = 0
-) -> TrainConfig:
-    """The recipe that the notebook's parameters describe.
-
-    Args:
-        preset: name of a recipe; the `demo` profile has one of its own, called `demo`.
-        profile: `full` trains on CIFAR-10, `demo` on the embedded scenes.
-        epochs: instead of the recipe's own; 0 keeps those.
-        seed: random seed.
-        hold_out: training pictures for validation; 0 keeps what the recipe holds out.
-
-    Raises:
-        InputError: the preset or the profile is unknown, or a number is out of range.
-    """
-    if profile not in ("full", "demo"):
-        raise InputError(f"profile must be 'full' or 'demo', got {profile!r}")
-    changes: dict[str, Any] = {"seed": seed}
-    if epochs:
-        changes["epochs"] = epochs
-    if hold_out:
-        changes["hold_out"] = hold_out
-    return get_preset("demo" if profile == "demo" else preset, **changes)

@@ -1,4 +1,4 @@
-"""Class probabilities of a trained model, batch by batch."""
+"""What a trained network says of images: logits, and `Metrics` of a labelled split."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from labkit.classify.augment import normalise
-from labkit.runtime import Precision
+from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD
+from labkit.classify.data import Split
+from labkit.classify.metrics import Metrics
+from labkit.classify.vit import use_eval_mode
+from labkit.runtime import Precision, PrecisionName, pick_device, resolve_precision
 
 
 @torch.inference_mode()
-def predict(
+def predict_logits(
     model: nn.Module,
     images: NDArray[np.uint8],
     *,
@@ -22,37 +26,82 @@ def predict(
     std: Sequence[float],
     device: torch.device,
     precision: Precision,
+    flip: bool = False,
     batch_size: int = 500,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Class probabilities without and with test-time augmentation.
-
-    The augmentation is the mirror image: the logits of both views are averaged before softmax.
-    The model is left in the mode (training or evaluation) in which it came.
+) -> Tensor:
+    """Logits of images, batch by batch.
 
     Args:
         model: takes normalised images (B, 3, H, W), gives logits (B, C).
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8, N at least 1.
         mean: channel means that the model was trained with, in [0, 1].
         std: channel deviations that the model was trained with.
         device: where the model is.
         precision: arithmetic of the forward passes.
-        batch_size: pictures per forward pass.
+        flip: show the model the mirror images.
+        batch_size: images per forward pass.
 
     Returns:
-        Two arrays (N, C) float32 of probabilities: of the plain view, and of both views.
+        (N, C) float32 on the CPU.
     """
-    was_training = model.training
-    model.eval()
-    plain: list[Tensor] = []
-    both: list[Tensor] = []
-    try:
+    logits: list[Tensor] = []
+    with use_eval_mode(model):
         for start in range(0, len(images), batch_size):
-            chunk = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
-            batch = normalise(chunk.permute(0, 3, 1, 2), mean, std)
+            pixels = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
+            batch = normalise(pixels.permute(0, 3, 1, 2), mean, std)
             with precision.autocast(device):
-                logits, mirrored_logits = model(batch), model(batch.flip(3))
-            plain.append(logits.float().softmax(1).cpu())
-            both.append(((logits.float() + mirrored_logits.float()) / 2).softmax(1).cpu())
-    finally:
-        model.train(was_training)
-    return torch.cat(plain).numpy(), torch.cat(both).numpy()
+                logits.append(model(batch.flip(3) if flip else batch).float().cpu())
+    return torch.cat(logits)
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    precision: PrecisionName | Precision = "auto",
+    device: str = "auto",
+) -> Metrics:
+    """Measure `model` on a labelled split, without and with the mirrored view averaged in.
+
+    Args:
+        model: takes normalised images (B, 3, H, W), gives logits (B, C). It is moved to `device`
+            and left in the mode (training or evaluation) in which it came.
+        split: the images; its class names go into the metrics.
+        mean: channel means that the model was trained with, in [0, 1].
+        std: channel deviations that the model was trained with.
+        precision: arithmetic of the forward passes, as in `TrainConfig`.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+
+    Raises:
+        InputError: the split is empty, or the model gives another number of classes.
+
+    Example:
+        >>> from labkit.classify.models import create_model
+        >>> model = create_model("vit", num_classes=2, embed_dim=16, depth=1, num_heads=2)
+        >>> split = Split(np.zeros((4, 32, 32, 3), np.uint8), np.array([0, 1, 0, 1]))
+        >>> evaluate(model, split, device="cpu").accuracy
+        0.5
+    """
+    target = pick_device(device)
+    model.to(target)
+    resolved = (
+        precision if isinstance(precision, Precision) else resolve_precision(precision, target)
+    )
+    plain, mirrored = (
+        predict_logits(
+            model,
+            split.images,
+            mean=mean,
+            std=std,
+            device=target,
+            precision=resolved,
+            flip=flip,
+        )
+        for flip in (False, True)
+    )
+    averaged = (plain + mirrored) / 2
+    return Metrics.from_probabilities(
+        plain.softmax(1).numpy(), split.labels, split.classes, averaged.softmax(1).numpy()
+    )

@@ -1,34 +1,47 @@
-"""The training loop: `fit` runs, resumes and finishes what a `TrainConfig` describes."""
+"""The orchestrator: `fit` runs, resumes and finishes what a `TrainConfig` describes."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
+from torch.optim import Optimizer
 
-from labkit.classify.augment import TrainingImages, normalise
-from labkit.classify.config import TrainConfig
-from labkit.classify.data import ImageData, Split, hold_out, load_data
-from labkit.classify.evaluate import predict
-from labkit.classify.keeper import Keeper
-from labkit.classify.models import model_for
-from labkit.classify.optim import build_optimizer
-from labkit.classify.run import Run, evaluate, training_facts
+from labkit.classify.augment import TrainLoader, Transform, normalise
+from labkit.classify.checkpoint import RunFolder
+from labkit.classify.config import AugmentConfig, TrainConfig
+from labkit.classify.data import ImageData, ImagesAndLabels, Split, load_data, train_val_split
+from labkit.classify.evaluate import evaluate, predict_logits
+from labkit.classify.metrics import compute_nll
+from labkit.classify.models import create_from_config
+from labkit.classify.optim import create_optimizer
+from labkit.classify.run import Run, collect_facts
 from labkit.classify.speednet import SpeedNet
-from labkit.classify.trainer import Trainer, TrainState, check_health, train_one_epoch, try_compile
+from labkit.classify.trainer import (
+    Callback,
+    ProgressBar,
+    Trainer,
+    TrainState,
+    check_health,
+    train_one_epoch,
+    try_compile,
+)
+from labkit.classify.vit import use_eval_mode
 from labkit.runtime import (
     InputError,
     Interrupt,
     Precision,
     World,
+    as_one_line,
     defer_interrupt,
-    is_interactive,
     pick_device,
     resolve_precision,
     use_seed,
@@ -36,81 +49,49 @@ from labkit.runtime import (
 
 logger = logging.getLogger(__name__)
 
-_WATCH_SECONDS = 0.5
-
-
-class _Watch:
-    """After each step: progress, health, a checkpoint when one is due, and held-back interrupts."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        state: TrainState,
-        save: Callable[[], None],
-        save_every: float,
-        interrupt: Interrupt,
-    ) -> None:
-        self._trainer, self._state = trainer, state
-        self._save, self._save_every, self._interrupt = save, save_every, interrupt
-        self._saved = self._looked = time.monotonic()
-        pictures, epochs = len(trainer.images), trainer.config.epochs
-        self.bar = tqdm(
-            total=pictures * epochs,
-            initial=pictures * state.epoch + min(state.step * trainer.config.batch_size, pictures),
-            unit="img",
-            unit_scale=True,
-            desc=trainer.config.preset,
-            disable=not (trainer.world.is_main_process and is_interactive()),
-        )
-
-    def __call__(self, seen: int) -> None:
-        self.bar.update(seen)
-        now = time.monotonic()
-        if now - self._looked >= _WATCH_SECONDS:
-            self._looked = now
-            self.look()
-        if self._interrupt.requested or now - self._saved >= self._save_every:
-            self.look()
-            started = time.perf_counter()
-            self._save()
-            self._saved = time.monotonic()
-            self._state.seconds -= time.perf_counter() - started
-        self._interrupt.raise_if_requested()
-
-    def look(self) -> None:
-        """Show where the epoch stands, and stop a run that has lost its way."""
-        state = self._state
-        loss, correct, seen = state.sums.tolist()
-        check_health(loss, state.scaler, state.epoch)
-        if seen:
-            self.bar.set_postfix(
-                epoch=f"{min(state.epoch + 1, self._trainer.config.epochs)}",
-                loss=f"{loss / seen:.3f}",
-                acc=f"{100 * correct / seen:.1f}%",
-                refresh=False,
-            )
+OptimizerSource = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def fit(
     config: TrainConfig,
     *,
+    model: nn.Module | None = None,
+    train: ImagesAndLabels | None = None,
+    test: ImagesAndLabels | None = None,
+    transform: Transform | None = None,
+    optimizer: OptimizerSource | None = None,
+    callbacks: Sequence[Callback] = (),
+    data: ImageData | None = None,
     out: Path | str | None = None,
     resume: bool = False,
-    data: ImageData | None = None,
     device: str = "auto",
     save_every: float = 60.0,
     mirror: Path | str | None = None,
 ) -> Run:
     """Train what `config` describes, evaluate it once on the test split, and keep the results.
 
-    Under `torchrun` the processes share each batch; the first one writes.
+    Under `torchrun` the processes share each batch; the main process writes.
 
     Args:
-        config: the recipe.
+        config: the recipe. What of it your own things replace is recorded as `custom`.
+        model: a network of your own, instead of `config.model`. It maps normalised images
+            (B, 3, H, W) to logits (B, C) and is trained in place.
+        train: training images of your own, instead of `config.data`: a `Split`, a pair
+            (images, labels) of arrays or tensors, or a data set as torchvision has them (see
+            `labkit.classify.data.as_split`). `config.image_size` follows them.
+        test: test images of your own, needed with `train`. They are read once, at the end.
+        transform: instead of `config.augment`. It is called for each training image with a PIL
+            image, as in torchvision's data sets, and gives a tensor (3, H, W), uint8 or floats in
+            [0, 1], or a PIL image. It does not normalise: labkit does, with `config.mean` and
+            `config.std`. Its random numbers depend on (seed, epoch, index) alone.
+        optimizer: an optimiser over the parameters of `model`, or a function that makes one of
+            the trainable parameters. The learning rate of each of its groups is the peak that the
+            schedule scales; learning rate, decay and momentum of `config` are not used.
+        callbacks: called while training goes on, in the main process only.
+        data: images already loaded, instead of `train` and `test`.
         out: folder for `config.json`, `history.jsonl`, `metrics.json`, `report.html`,
             `model.safetensors` and `checkpoints/`; None keeps nothing on disk.
         resume: go on from the newest checkpoint in `out`, if there is one.
-        data: pictures already loaded; None loads `config.data`.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         save_every: seconds between checkpoints; one is also written at an interrupt and at the end.
         mirror: a second folder, on a drive that outlives this machine, that follows `out` and
@@ -120,109 +101,282 @@ def fit(
         The finished run. Where `out` holds one already and `resume` is set, that one.
 
     Raises:
-        InputError: a setting is out of range, `out` holds another run, or fp16 without a GPU.
+        InputError: a setting or one of your own things cannot be used, `out` holds another run,
+            or fp16 without a GPU.
         SourceError: the data or pretrained weights could not be had, or the disk is full.
         TrainingError: the loss became non-finite, or the loss scale collapsed.
         KeyboardInterrupt: interrupted; the checkpoint is written first.
+
+    Example:
+        >>> images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        >>> labels = np.arange(8) % 2
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+        >>> config = TrainConfig(epochs=2, batch_size=4)
+        >>> run = fit(config, model=network, train=(images, labels), test=(images, labels))
+        >>> len(run.history), run.predict(images).shape
+        (2, (8,))
     """
     world = World.from_environment()
-    place = pick_device(device)
-    if world.size > 1 and place.type == "cuda":
-        place = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(place)
-    precision = resolve_precision(config.precision, place)
-    data = load_data(config.data, image_size=config.image_size) if data is None else data
+    target = pick_device(device)
+    if world.size > 1 and target.type == "cuda":
+        target = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(target)
+    precision = resolve_precision(config.precision, target)
+    data = _choose_data(config, train, test, data)
+    config = _record_own_things(config, data, model, transform, optimizer)
     _check_size(config, data)
-    leads = world.is_main_process
-    keeper = Keeper(_path(out), _path(mirror), config, data.fingerprint)
-    with world.join(place), use_seed(config.seed):
-        if leads:
-            keeper.bring_back()
+    folder = RunFolder(
+        out, config, data.fingerprint, mirror=mirror, is_main_process=world.is_main_process
+    )
+    with world.join(target), use_seed(config.seed):
+        folder.restore_from_mirror()
         world.wait()
-        saved = keeper.checkpoint(resume=resume)
-        train, validation = _splits(config, data)
-        trainer, state = prepare(config, data, train, place, precision, world)
+        saved = folder.load_state(resume=resume)
+        split, validation = data.train, None
+        if config.val_size:
+            split, validation = train_val_split(data.train, config.val_size)
+        trainer, state = prepare(
+            config,
+            split,
+            target,
+            precision,
+            world,
+            model=model,
+            transform=transform,
+            optimizer=optimizer,
+        )
         if saved is not None:
             state.restore(saved)
-            if not leads:  # the sums in the checkpoint are those of the leading process
+            if not world.is_main_process:  # the sums that were saved are those of the main process
                 state.sums.zero_()
-        # Only the leading process writes.
-        mine = keeper if leads else Keeper(None, None, config, data.fingerprint)
-        mine.begin()
-        _train(trainer, state, mine, validation, save_every)
+        folder.save_config()
+        _train(trainer, state, folder, validation, callbacks, save_every)
         _use_best(state)
-        metrics, probabilities = evaluate(
-            state.model, data, mean=config.mean, std=config.std, precision=precision
+        metrics = evaluate(
+            state.model,
+            data.test,
+            mean=config.mean,
+            std=config.std,
+            precision=precision,
+            device=str(target),
         )
+    facts = collect_facts(
+        config, data, state.model, state.history, state.seconds, target, precision
+    )
     run = Run(
         config=config,
         model=state.model,
         data=data,
         history=state.history,
         metrics=metrics,
-        probabilities=probabilities,
-        facts=training_facts(
-            config, data, state.model, state.history, state.seconds, place, precision
-        ),
-        folder=mine.folder,
+        facts=facts,
+        folder=folder.folder,
     )
-    run.save()
-    mine.follow()
+    if world.is_main_process:
+        run.save()
+        folder.update_mirror()
     return run
 
 
-def _path(folder: Path | str | None) -> Path | None:
-    return None if folder is None else Path(folder)
+def _choose_data(
+    config: TrainConfig,
+    train: ImagesAndLabels | None,
+    test: ImagesAndLabels | None,
+    data: ImageData | None,
+) -> ImageData:
+    if (train is None) != (test is None):
+        raise InputError(
+            "train and test belong together: the test images are read once, at the end. "
+            "labkit.train_val_split parts a Split in two"
+        )
+    if train is not None:
+        if data is not None:
+            raise InputError("give either data, or train and test, not both")
+        return ImageData.from_splits(train, test)
+    if data is not None:
+        return data
+    if config.data == "custom":
+        raise InputError("this configuration is of a run on data of your own: give train and test")
+    return load_data(config.data, image_size=config.image_size)
+
+
+def _record_own_things(
+    config: TrainConfig,
+    data: ImageData,
+    model: nn.Module | None,
+    transform: Transform | None,
+    optimizer: OptimizerSource | None,
+) -> TrainConfig:
+    """`config` with `custom` wherever something of the user's replaces a part of it."""
+    if data.source == "custom":
+        size = data.train.images.shape[1]
+        config = dataclasses.replace(config, data="custom", image_size=size)
+    if model is not None:
+        config = dataclasses.replace(config, model="custom", model_options={})
+    elif config.model == "custom":
+        raise InputError("this configuration is of a run with a network of your own: give model")
+    if transform is not None:
+        config = dataclasses.replace(config, augment=AugmentConfig())
+    if optimizer is not None:
+        config = dataclasses.replace(config, optimizer="custom")
+    return config
 
 
 def _check_size(config: TrainConfig, data: ImageData) -> None:
     height, width = data.train.images.shape[1:3]
-    if (height, width) != (config.image_size, config.image_size):
+    if height != width:
+        raise InputError(f"images must be square, got {height} x {width}; crop or resize them")
+    if height != config.image_size:
         raise InputError(
-            f"image_size is {config.image_size}, but the pictures are {height} x {width}; "
+            f"image_size is {config.image_size}, but the images are {height} x {width}; "
             f"set image_size={height}, or load them at {config.image_size}"
         )
+
+
+def prepare(
+    config: TrainConfig,
+    train: Split,
+    device: torch.device,
+    precision: Precision,
+    world: World,
+    *,
+    model: nn.Module | None = None,
+    transform: Transform | None = None,
+    optimizer: OptimizerSource | None = None,
+) -> tuple[Trainer, TrainState]:
+    """The trainer and the state at step 0; without things of your own a function of the seed."""
+    loader = TrainLoader(train, config, device, transform)
+    own_model = model is not None
+    if model is None:
+        model = create_from_config(config, len(train.classes))
+    if isinstance(model, SpeedNet):
+        first = torch.from_numpy(train.images[:5000]).permute(0, 3, 1, 2)
+        model.fit_whitening(normalise(first, config.mean, config.std))
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if own_model:
+        _check_logits(model, train, config, device)
+    ema = None
+    if config.ema_decay:
+        from timm.utils.model_ema import ModelEmaV3
+
+        ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
+    state = TrainState(
+        model=model,
+        optimizer=_resolve_optimizer(optimizer, model, config),
+        scaler=GradScaler(device.type, enabled=precision.scale_loss),
+        ema=ema,
+        sums=torch.zeros(3, device=device),
+    )
+    forward = try_compile(model, config.image_size, device, precision) if config.compile else model
+    if world.size > 1:
+        forward = DistributedDataParallel(forward)
+    return Trainer(config, loader, forward, device, precision, world), state
+
+
+def _check_logits(
+    model: nn.Module, train: Split, config: TrainConfig, device: torch.device
+) -> None:
+    """Raise InputError unless `model` maps two images to one logit for each class."""
+    images = torch.from_numpy(train.images[[0, -1]]).permute(0, 3, 1, 2).to(device)
+    try:
+        with torch.no_grad(), use_eval_mode(model):
+            logits = model(normalise(images, config.mean, config.std))
+    except Exception as error:  # what a network of the user's raises is open-ended
+        raise InputError(
+            f"model cannot classify images of shape {tuple(images.shape)}: {as_one_line(error)}"
+        ) from error
+    expected = (2, len(train.classes))
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"model must give logits {expected} for 2 images and {len(train.classes)} classes, "
+            f"got {shape}"
+        )
+
+
+def _resolve_optimizer(
+    optimizer: OptimizerSource | None, model: nn.Module, config: TrainConfig
+) -> Optimizer:
+    """The optimiser of `config`, or that of the user, each group with its `peak_lr`."""
+    if optimizer is None:
+        return create_optimizer(model, config)
+    if not isinstance(optimizer, Optimizer):
+        optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    known = {id(parameter) for parameter in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise InputError(
+            "optimizer holds parameters that are not of the model; make it of "
+            "model.parameters(), or give a function that makes one of the parameters"
+        )
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", float(group["lr"]))  # an optimizer may come a second time
+    return optimizer
+
+
+class _CheckpointTimer(Callback):
+    """Saves the state when it is time, and when the user interrupts, which it then passes on."""
+
+    def __init__(self, save: Callable[[], None], every: float, interrupt: Interrupt) -> None:
+        self._save, self._every, self._interrupt = save, every, interrupt
+        self._saved = time.monotonic()
+
+    def on_step_end(self, state: TrainState) -> None:
+        if self._interrupt.requested or time.monotonic() - self._saved >= self._every:
+            check_health(float(state.sums[0]), state.scaler, state.epoch)
+            started = time.perf_counter()
+            self._save()
+            self._saved = time.monotonic()
+            state.seconds -= time.perf_counter() - started
+        self._interrupt.raise_if_requested()
 
 
 def _train(
     trainer: Trainer,
     state: TrainState,
-    keeper: Keeper,
+    folder: RunFolder,
     validation: Split | None,
+    callbacks: Sequence[Callback],
     save_every: float,
 ) -> None:
-    """All epochs that `state` still has before it."""
+    """Train all epochs that `state` still has before it."""
 
     def save() -> None:
-        step = state.epoch * trainer.steps_per_epoch + state.step
-        keeper.save(state.to_dict(), step)
+        folder.save_state(state.to_dict(), state.epoch * trainer.steps_per_epoch + state.step)
 
     with defer_interrupt() as interrupt:
-        watch = _Watch(trainer, state, save, save_every, interrupt)
-        with watch.bar:
+        hooks = [ProgressBar(trainer), _CheckpointTimer(save, save_every, interrupt)]
+        hooks += callbacks if trainer.world.is_main_process else ()
+        for hook in hooks:
+            hook.on_train_begin(state)
+        try:
             while state.epoch < trainer.config.epochs:
-                train_one_epoch(trainer, state, watch)
-                watch.look()
+                train_one_epoch(trainer, state, hooks)
                 _close_epoch(trainer, state, validation)
-                keeper.record(state.history)
+                folder.save_history(state.history)
+                for hook in hooks:
+                    hook.on_epoch_end(state)
+        finally:
+            for hook in hooks:
+                hook.on_train_end(state)
         save()
         interrupt.raise_if_requested()
 
 
 def _use_best(state: TrainState) -> None:
-    """Give the model the weights that count: the chosen, the averaged, or the last."""
+    """Give the model the weights that count: the best, the averaged, or the last."""
     if state.best:
         state.model.load_state_dict(state.best["model"])
     elif state.ema is not None:
-        state.model.load_state_dict(state.evaluated.state_dict())
+        state.model.load_state_dict(state.evaluated_model.state_dict())
     state.model.eval()
 
 
 def _close_epoch(trainer: Trainer, state: TrainState, validation: Split | None) -> None:
-    """Turn the sums of an epoch into a row of the history, and move on to the next epoch."""
+    """Turn the sums of an epoch into a row of the history, and begin the next epoch."""
     if trainer.world.size > 1:
         torch.distributed.all_reduce(state.sums)
     loss, correct, seen = state.sums.tolist()
+    check_health(loss, state.scaler, state.epoch)
     seconds = state.seconds - sum(row["seconds"] for row in state.history)
     row = {
         "epoch": state.epoch + 1,
@@ -235,7 +389,7 @@ def _close_epoch(trainer: Trainer, state: TrainState, validation: Split | None) 
     if validation is not None:
         row |= _validate(trainer, state, validation)
         if row["validation_accuracy"] > state.best.get("accuracy", -1.0):
-            weights = {k: v.clone() for k, v in state.evaluated.state_dict().items()}
+            weights = {k: v.clone() for k, v in state.evaluated_model.state_dict().items()}
             accuracy = row["validation_accuracy"]
             state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "model": weights}
     state.history.append(row)
@@ -245,55 +399,17 @@ def _close_epoch(trainer: Trainer, state: TrainState, validation: Split | None) 
 
 
 def _validate(trainer: Trainer, state: TrainState, validation: Split) -> dict[str, float]:
-    config = trainer.config
-    probabilities, _ = predict(
-        state.evaluated,
+    logits = predict_logits(
+        state.evaluated_model,
         validation.images,
-        mean=config.mean,
-        std=config.std,
+        mean=trainer.config.mean,
+        std=trainer.config.std,
         device=trainer.device,
         precision=trainer.precision,
     )
-    right = probabilities.argmax(1) == validation.labels
-    truth = torch.from_numpy(probabilities)[torch.arange(len(validation)), validation.labels]
-    loss = -truth.clamp_min(1e-12).log().mean()
-    return {"validation_loss": float(loss), "validation_accuracy": float(right.mean())}
-
-
-def _splits(config: TrainConfig, data: ImageData) -> tuple[Split, Split | None]:
-    if not config.hold_out:
-        return data.train, None
-    return hold_out(data.train, config.hold_out)
-
-
-def prepare(
-    config: TrainConfig,
-    data: ImageData,
-    train: Split,
-    device: torch.device,
-    precision: Precision,
-    world: World,
-) -> tuple[Trainer, TrainState]:
-    """The trainer and the state at step 0, a function of `config.seed`."""
-    images = TrainingImages(train, len(data.classes), config, device)
-    model = model_for(config, len(data.classes))
-    if isinstance(model, SpeedNet):
-        first = torch.from_numpy(train.images[:5000]).permute(0, 3, 1, 2)
-        model.fit_whitening(normalise(first, config.mean, config.std))
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = None
-    if config.ema_decay:
-        from timm.utils.model_ema import ModelEmaV3
-
-        ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
-    state = TrainState(
-        model=model,
-        optimizer=build_optimizer(model, config),
-        scaler=GradScaler(device.type, enabled=precision.scale_loss),
-        ema=ema,
-        sums=torch.zeros(3, device=device),
-    )
-    forward = try_compile(model, config.image_size, device, precision) if config.compile else model
-    if world.size > 1:
-        forward = DistributedDataParallel(forward)
-    return Trainer(config, images, forward, device, precision, world), state
+    probabilities = logits.softmax(1).numpy()
+    is_right = probabilities.argmax(1) == validation.labels
+    return {
+        "validation_loss": compute_nll(probabilities, validation.labels),
+        "validation_accuracy": float(np.mean(is_right)),
+    }

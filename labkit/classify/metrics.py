@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -45,8 +44,8 @@ class ReliabilityBin:
     count: int
 
 
-def accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval:
-    """Score interval (Wilson, 1927) of an accuracy of `correct` out of `total`.
+def compute_accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval:
+    """Interval (Wilson, 1927) in which an accuracy lies, measured as `correct` out of `total`.
 
     It holds for new images drawn like these ones; what another training run would change is not
     in it.
@@ -58,31 +57,31 @@ def accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval
         raise InputError(f"correct must lie in [0, total] and total be positive: {correct}/{total}")
     if not 0.0 < level < 1.0:
         raise InputError(f"level must lie between 0 and 1, such as 0.95, got {level}")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share = correct / total
-    scale = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / scale
-    half = z / scale * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    low = 0.0 if correct == 0 else float(centre - half)
-    high = 1.0 if correct == total else float(centre + half)
-    return low, high
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, classes: int) -> NDArray[np.int64]:
+def compute_confusion_matrix(
+    labels: ArrayLike, predictions: ArrayLike, num_classes: int
+) -> NDArray[np.int64]:
     """Counts (C, C): row, the true class; column, the predicted one.
 
     Raises:
-        InputError: the lengths differ, or a value is not an integer in [0, `classes`).
+        InputError: the lengths differ, or a value is not an integer in [0, `num_classes`).
     """
-    true = _class_indices("labels", labels, classes)
-    said = _class_indices("predictions", predictions, classes)
-    if true.shape != said.shape:
-        raise InputError(f"labels and predictions differ in length: {len(true)} and {len(said)}")
-    counts = np.bincount(true * classes + said, minlength=classes * classes)
-    return counts.reshape(classes, classes).astype(np.int64)
+    true = _check_indices("labels", labels, num_classes)
+    predicted = _check_indices("predictions", predictions, num_classes)
+    if true.shape != predicted.shape:
+        raise InputError(
+            f"labels and predictions differ in length: {len(true)} and {len(predicted)}"
+        )
+    counts = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def class_scores(confusion: ArrayLike, classes: Sequence[str]) -> tuple[ClassScores, ...]:
+def compute_class_scores(confusion: ArrayLike, classes: Sequence[str]) -> tuple[ClassScores, ...]:
     """Scores of each class from a confusion matrix (C, C); what would divide by zero is 0.
 
     Raises:
@@ -91,14 +90,14 @@ def class_scores(confusion: ArrayLike, classes: Sequence[str]) -> tuple[ClassSco
     matrix = np.asarray(confusion)
     if matrix.shape != (len(classes), len(classes)):
         raise InputError(f"confusion must be {len(classes)} × {len(classes)}, got {matrix.shape}")
-    hits, said, true = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
-    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(true, 1)
-    f1 = 2 * hits / np.maximum(said + true, 1)
+    hits, predicted, true = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+    precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(true, 1)
+    f1 = 2 * hits / np.maximum(predicted + true, 1)
     rows = zip(classes, precision, recall, f1, true, strict=True)
     return tuple(ClassScores(n, float(p), float(r), float(f), int(s)) for n, p, r, f, s in rows)
 
 
-def reliability(
+def compute_reliability(
     probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
 ) -> tuple[ReliabilityBin, ...]:
     """Confidence against accuracy in `bins` equal steps of (0, 1] (Guo et al., 2017).
@@ -107,11 +106,11 @@ def reliability(
     """
     if bins < 1:
         raise InputError(f"bins must be at least 1, got {bins}")
-    table, true = _checked(probabilities, labels)
+    table, true = _check_probabilities(probabilities, labels)
     confidence, correct = table.max(axis=1), table.argmax(axis=1) == true
     edges = np.linspace(0.0, 1.0, bins + 1)
-    place = np.searchsorted(edges[1:-1], confidence, side="left")
-    members = ((index, place == index) for index in np.unique(place))
+    bin_of_each = np.searchsorted(edges[1:-1], confidence, side="left")
+    members = ((index, bin_of_each == index) for index in np.unique(bin_of_each))
     return tuple(
         ReliabilityBin(
             low=float(edges[index]),
@@ -124,40 +123,32 @@ def reliability(
     )
 
 
-def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
-) -> float:
-    """Mean distance of confidence from accuracy over `bins` equal bins (Guo et al., 2017)."""
-    return _calibration_error(reliability(probabilities, labels, bins))
+def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Expected calibration error: the mean distance of confidence from accuracy (Guo et al., 2017).
+
+    `bins` are those of `compute_reliability`.
+    """
+    gap = sum(row.count * abs(row.accuracy - row.confidence) for row in bins)
+    return gap / sum(row.count for row in bins)
 
 
-def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of -log p(true class) in nats; a probability below 2.2e-16 counts as that."""
-    table, true = _checked(probabilities, labels)
+def compute_nll(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Negative log-likelihood, the mean of -log p(true class) in nats.
+
+    A probability below 2.2e-16 counts as that.
+    """
+    table, true = _check_probabilities(probabilities, labels)
     likely = table[np.arange(len(true)), true]
     return float(-np.log(np.clip(likely, np.finfo(np.float64).eps, 1.0)).mean())
 
 
-def top_k_accuracy(probabilities: ArrayLike, labels: ArrayLike, k: int) -> float:
-    """Share of images whose true class is among the `k` most probable (of equals, the first).
-
-    Raises:
-        InputError: `k` is not in [1, C].
-    """
-    table, true = _checked(probabilities, labels)
-    if not 1 <= k <= table.shape[1]:
-        raise InputError(f"k must lie between 1 and the {table.shape[1]} classes, got {k}")
-    best = np.argsort(-table, axis=1, kind="stable")[:, :k]
-    return float((best == true[:, None]).any(axis=1).mean())
-
-
-def confident_mistakes(
+def find_confident_mistakes(
     probabilities: ArrayLike, labels: ArrayLike, count: int
 ) -> NDArray[np.int64]:
     """Indices of at most `count` wrong predictions, most confident first."""
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    table, true = _checked(probabilities, labels)
+    table, true = _check_probabilities(probabilities, labels)
     wrong = np.flatnonzero(table.argmax(axis=1) != true)
     order = np.argsort(-table.max(axis=1)[wrong], kind="stable")
     return wrong[order][:count].astype(np.int64)
@@ -167,9 +158,19 @@ def confident_mistakes(
 class Metrics:
     """One evaluation on one labelled set; shares lie in [0, 1], intervals are 95 % Wilson.
 
-    `accuracy_tta` is that of probabilities averaged over views of each image (test-time
-    augmentation), None where there were none; all else is without it. `nll` is in nats,
-    `confusion` is (C, C) with the true classes as rows.
+    Attributes:
+        classes: class names in the order of the labels.
+        accuracy: share of images whose most probable class is the true one.
+        accuracy_interval: its interval for new images drawn like these ones.
+        accuracy_tta: accuracy with test-time augmentation, the average over an image and its
+            mirror image; None where there was none. All else is without it.
+        accuracy_tta_interval: its interval.
+        nll: negative log-likelihood in nats.
+        ece: expected calibration error over 15 bins.
+        confusion: counts (C, C) with the true classes as rows.
+        per_class: scores of each class.
+        reliability: confidence against accuracy.
+        probabilities: (N, C) float32, what all of it was measured on.
     """
 
     classes: tuple[str, ...]
@@ -182,6 +183,7 @@ class Metrics:
     confusion: NDArray[np.int64]
     per_class: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
+    probabilities: NDArray[np.float32]
 
     @classmethod
     def from_probabilities(
@@ -195,30 +197,37 @@ class Metrics:
 
         Raises:
             InputError: the arrays do not fit each other or `classes`, or are no probabilities.
+
+        Example:
+            >>> probabilities = [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]]
+            >>> metrics = Metrics.from_probabilities(probabilities, [0, 1, 1, 1], ("cat", "dog"))
+            >>> metrics.accuracy, metrics.confusion.tolist()
+            (0.75, [[1, 0], [1, 2]])
         """
-        table, true = _checked(probabilities, labels)
+        table, true = _check_probabilities(probabilities, labels)
         if table.shape[1] != len(classes):
             raise InputError(f"{len(classes)} class names for {table.shape[1]} probabilities each")
-        confusion = confusion_matrix(true, table.argmax(axis=1), len(classes))
-        bins = reliability(table, true)
-        accuracy, interval = _accuracy(table, true)
+        confusion = compute_confusion_matrix(true, table.argmax(axis=1), len(classes))
+        bins = compute_reliability(table, true)
+        accuracy, interval = _measure_accuracy(table, true)
         accuracy_tta, interval_tta = None, None
         if tta_probabilities is not None:
-            averaged, _ = _checked(tta_probabilities, true)
+            averaged, _ = _check_probabilities(tta_probabilities, true)
             if averaged.shape != table.shape:
                 raise InputError(f"tta_probabilities are {averaged.shape}, not {table.shape}")
-            accuracy_tta, interval_tta = _accuracy(averaged, true)
+            accuracy_tta, interval_tta = _measure_accuracy(averaged, true)
         return cls(
             classes=tuple(classes),
             accuracy=accuracy,
             accuracy_interval=interval,
             accuracy_tta=accuracy_tta,
             accuracy_tta_interval=interval_tta,
-            nll=negative_log_likelihood(table, true),
-            ece=_calibration_error(bins),
+            nll=compute_nll(table, true),
+            ece=compute_calibration_error(bins),
             confusion=confusion,
-            per_class=class_scores(confusion, classes),
+            per_class=compute_class_scores(confusion, classes),
             reliability=bins,
+            probabilities=np.asarray(probabilities, np.float32),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -238,27 +247,24 @@ class Metrics:
         }
 
 
-def _accuracy(table: NDArray[np.float64], true: NDArray[np.int64]) -> tuple[float, Interval]:
+def _measure_accuracy(
+    table: NDArray[np.float64], true: NDArray[np.int64]
+) -> tuple[float, Interval]:
     correct = int((table.argmax(axis=1) == true).sum())
-    return correct / len(true), accuracy_interval(correct, len(true))
+    return correct / len(true), compute_accuracy_interval(correct, len(true))
 
 
-def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    gap = sum(row.count * abs(row.accuracy - row.confidence) for row in bins)
-    return gap / sum(row.count for row in bins)
-
-
-def _class_indices(name: str, values: ArrayLike, classes: int) -> NDArray[np.int64]:
+def _check_indices(name: str, values: ArrayLike, num_classes: int) -> NDArray[np.int64]:
     array = np.asarray(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} must be (N,) integers, got {array.dtype} of {array.shape}")
-    if array.size and not 0 <= array.min() <= array.max() < classes:
+    if array.size and not 0 <= array.min() <= array.max() < num_classes:
         span = f"{array.min()} to {array.max()}"
-        raise InputError(f"{name} must lie in [0, {classes}), one index per class; got {span}")
+        raise InputError(f"{name} must lie in [0, {num_classes}), one index per class; got {span}")
     return array.astype(np.int64)
 
 
-def _checked(
+def _check_probabilities(
     probabilities: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     table = np.asarray(probabilities, dtype=np.float64)
@@ -267,7 +273,7 @@ def _checked(
     likely = (table >= 0).all() and np.allclose(table.sum(axis=1), 1.0, atol=0.01)
     if not likely:
         raise InputError("probabilities must be rows that sum to 1; apply softmax to logits first")
-    true = _class_indices("labels", labels, table.shape[1])
+    true = _check_indices("labels", labels, table.shape[1])
     if len(true) != len(table):
         raise InputError(f"{len(true)} labels for {len(table)} rows of probabilities")
     return table, true

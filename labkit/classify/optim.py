@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from labkit.classify.config import TrainConfig
+from labkit.runtime import InputError
 
 
 def lr_factor(progress: float, warmup: float, schedule: str) -> float:
@@ -48,7 +49,7 @@ def lr_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     return lr_factor(min((step + offset) / total, 1.0), warmup, config.schedule)
 
 
-def hidden_matrices(model: nn.Module) -> set[int]:
+def find_hidden_matrices(model: nn.Module) -> set[int]:
     """Identities of the weights that Muon may orthogonalise.
 
     All weights of linear and convolutional layers but the first (the embedding) and the last
@@ -58,8 +59,8 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     return {id(layer.weight) for layer in layers[1:-1]}
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay, BatchNorm biases with a rate of their own.
+def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Group trainable parameters by weight decay; BatchNorm biases get a rate of their own.
 
     Weight decay is kept off whatever has fewer than two dimensions (norms, biases, gains) and off
     position and class embeddings, unless `config.decay_all`.
@@ -69,7 +70,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         for module in model.modules()
         if isinstance(module, nn.BatchNorm2d) and module.bias is not None
     }
-    matrices = hidden_matrices(model)
+    matrices = find_hidden_matrices(model)
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
@@ -89,9 +90,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimiser of `config`, over `parameter_groups`; each group carries its `peak_lr`."""
-    groups = parameter_groups(model, config)
+def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimiser of `config`, over `group_parameters`; each group carries its `peak_lr`."""
+    groups = group_parameters(model, config)
+    if config.optimizer == "custom":
+        raise InputError("this configuration is of a run with an optimizer of your own: give it")
     if config.optimizer == "adamw":
         return AdamW(groups, lr=config.learning_rate, fused=True)
     if config.optimizer == "sgd":

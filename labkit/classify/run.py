@@ -1,8 +1,9 @@
-"""A finished training run: its measurements, its figures, and its folder on disk."""
+"""A finished training run: its measurements, its figures, its predictions, its files."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import nn
 
 from labkit import viz
 from labkit.classify.augment import normalise
-from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
+from labkit.classify.checkpoint import CONFIG, HISTORY
+from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, load_data
-from labkit.classify.evaluate import predict
-from labkit.classify.keeper import CONFIG, HISTORY
-from labkit.classify.metrics import Metrics, confident_mistakes
-from labkit.classify.models import attention_rollout, has_attention, model_for
+from labkit.classify.evaluate import evaluate, predict_logits
+from labkit.classify.metrics import Metrics, find_confident_mistakes
+from labkit.classify.models import create_from_config
+from labkit.classify.sources import crop_square
+from labkit.classify.vit import compute_attention_rollout, has_attention
 from labkit.files import open_atomic, write_json
+from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
 from labkit.runtime import (
     InputError,
@@ -36,6 +40,8 @@ from labkit.runtime import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 MISTAKES = 18
 ATTENDED = 8
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
@@ -47,11 +53,10 @@ class Run:
 
     Attributes:
         config: the recipe.
-        model: trained, in evaluation mode.
-        data: the pictures it was trained and tested on.
+        model: the trained network, in evaluation mode.
+        data: the images it was trained and tested on.
         history: one row an epoch.
-        metrics: of the test split, read once.
-        probabilities: (N, C) of the test split, without test-time augmentation.
+        metrics: measurements on the test split, which was read once.
         facts: what `metrics.json` says beside the metrics: time, speed, memory, device, versions.
         folder: where all of it was saved; None where nothing was.
     """
@@ -61,7 +66,6 @@ class Run:
     data: ImageData
     history: Sequence[Mapping[str, float]]
     metrics: Metrics
-    probabilities: NDArray[np.float32]
     facts: Mapping[str, Any]
     folder: Path | None
 
@@ -70,41 +74,114 @@ class Run:
         """What every figure must say on its face; empty for real data."""
         return self.data.note
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention` has something to show: the model is a Vision Transformer."""
+        return has_attention(self.model)
+
+    def predict(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.str_]:
+        """The most probable class of each image: (N,) names.
+
+        Args:
+            images: one image, or a list of images, as `labkit.load_image` takes them: paths,
+                addresses, arrays, PIL images; or an array (N, H, W, 3) uint8. The central square
+                of each is resized to `config.image_size`.
+
+        Raises:
+            InputError: an image cannot be used.
+            SourceError: an image could not be read or fetched.
+        """
+        classes = np.array(self.data.classes)
+        names: NDArray[np.str_] = classes[self.predict_proba(images).argmax(1)]
+        return names
+
+    def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        """The probability of each class: (N, C) float32; see `predict` for `images`."""
+        squares = self._load_squares(images)
+        if not len(squares):
+            return np.zeros((0, len(self.data.classes)), np.float32)
+        device = next(self.model.parameters()).device
+        logits = predict_logits(
+            self.model,
+            squares,
+            mean=self.config.mean,
+            std=self.config.std,
+            device=device,
+            precision=_resolve_for(self.config, device),
+        )
+        probabilities: NDArray[np.float32] = logits.softmax(1).numpy()
+        return probabilities
+
+    def _load_squares(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.uint8]:
+        """(N, image_size, image_size, 3) of one image or of several."""
+        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        sources: Any = images if is_batch else [images]
+        size = self.config.image_size
+        squares = [crop_square(load_image(source), size) for source in sources]
+        return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+
+    def learning_curves(self) -> Figure:
+        """Loss, accuracy and learning rate by epoch."""
+        return viz.plot_learning_curves(self.history, self.note)
+
+    def confusion_matrix(self) -> Figure:
+        """How often each class of the test split was taken for each other one."""
+        return viz.plot_confusion_matrix(self.metrics.confusion, self.metrics.classes, self.note)
+
+    def calibration(self) -> Figure:
+        """Accuracy on the test split against the confidence of the model."""
+        return viz.plot_reliability(self.metrics.reliability, self.metrics.ece, self.note)
+
+    def class_scores(self) -> Figure:
+        """Recall and precision of each class on the test split."""
+        return viz.plot_class_scores(self.metrics.per_class, self.note)
+
+    def mistakes(self, count: int = MISTAKES) -> Figure:
+        """The wrong predictions on the test split of which the model was most confident."""
+        probabilities, test = self.metrics.probabilities, self.data.test
+        wrong = find_confident_mistakes(probabilities, test.labels, count)
+        return viz.plot_mistakes(
+            test.images[wrong],
+            test.labels[wrong],
+            probabilities[wrong].argmax(1),
+            probabilities[wrong].max(1),
+            self.metrics.classes,
+            self.note,
+        )
+
+    def attention(self, images: ImageSource | Sequence[ImageSource] | None = None) -> Figure:
+        """Where a Vision Transformer looks: attention roll-out (Abnar and Zuidema, 2020).
+
+        Args:
+            images: as in `predict`; by default the first 8 of the test split.
+
+        Raises:
+            InputError: the model has no attention (see `has_attention`).
+        """
+        pixels = self._load_squares(self.data.test.images[:ATTENDED] if images is None else images)
+        device = next(self.model.parameters()).device
+        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        normalised = normalise(batch, self.config.mean, self.config.std)
+        maps = compute_attention_rollout(self.model, normalised)
+        return viz.plot_attention(pixels, maps.cpu().numpy(), note=self.note)
+
+    def figures(self) -> dict[str, Figure]:
+        """All figures of the run by title, as the report shows them."""
+        figures = {
+            "Learning curves": self.learning_curves(),
+            "Confusion matrix": self.confusion_matrix(),
+            "Calibration": self.calibration(),
+            "Classes": self.class_scores(),
+        }
+        if self.metrics.accuracy < 1:
+            figures["Most confident mistakes"] = self.mistakes()
+        if self.has_attention:
+            figures["Attention roll-out"] = self.attention()
+        return figures
+
     def to_json(self) -> dict[str, Any]:
         """The content of `metrics.json`."""
         return {**self.facts, **self.metrics.to_json()}
-
-    def figures(self) -> dict[str, Figure]:
-        """The pictures of the run by title: curves, confusion, calibration, classes, mistakes."""
-        metrics, test = self.metrics, self.data.test
-        wrong = confident_mistakes(self.probabilities, test.labels, MISTAKES)
-        found = {
-            "Learning curves": viz.plot_learning_curves(self.history, self.note),
-            "Confusion matrix": viz.plot_confusion_matrix(
-                metrics.confusion, metrics.classes, self.note
-            ),
-            "Calibration": viz.plot_reliability(metrics.reliability, metrics.ece, self.note),
-            "Classes": viz.plot_class_scores(metrics.per_class, self.note),
-        }
-        if len(wrong):
-            found["Most confident mistakes"] = viz.plot_mistakes(
-                test.images[wrong],
-                test.labels[wrong],
-                self.probabilities[wrong].argmax(1),
-                self.probabilities[wrong].max(1),
-                metrics.classes,
-                self.note,
-            )
-        if has_attention(self.model):
-            found["Attention roll-out"] = self.attention(test.images[:ATTENDED])
-        return found
-
-    def attention(self, images: NDArray[np.uint8]) -> Figure:
-        """Attention roll-out over `images` (N, H, W, 3) uint8, for a Vision Transformer."""
-        device = next(self.model.parameters()).device
-        batch = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
-        maps = attention_rollout(self.model, normalise(batch, self.config.mean, self.config.std))
-        return viz.plot_attention(images, maps.cpu().numpy(), note=self.note)
 
     def save(self) -> None:
         """Write `metrics.json`, weights and `report.html` to the run's folder, if it has one."""
@@ -119,7 +196,11 @@ class Run:
         self.report()
 
     def report(self) -> None:
-        """Write `report.html` to the run's folder."""
+        """Write `report.html` to the run's folder.
+
+        Raises:
+            InputError: the run has no folder.
+        """
         if self.folder is None:
             raise InputError("this run has no folder to write a report to; pass out= to fit")
         metrics = self.metrics
@@ -128,59 +209,34 @@ class Run:
             "Test accuracy": f"{metrics.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})",
             "With mirrored view (TTA)": f"{metrics.accuracy_tta:.2%}",
             "Calibration error (ECE)": f"{metrics.ece:.3f}",
-            **{key.replace("_", " ").capitalize(): _readable(v) for key, v in self.facts.items()},
+            **{key.replace("_", " ").capitalize(): _format(v) for key, v in self.facts.items()},
         }
         rows = [(s.name, s.precision, s.recall, s.f1, s.support) for s in metrics.per_class]
-        table = Table(("class", "precision", "recall", "F1", "pictures"), rows)
         write_report(
             self.folder / REPORT,
             title=f"{self.config.preset} on {self.data.name}",
             note=self.note,
             facts=facts,
             figures=self.figures(),
-            tables={"Per class": table},
+            tables={"Per class": Table(("class", "precision", "recall", "F1", "images"), rows)},
         )
 
 
-def _readable(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {version}" for name, version in value.items())
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def evaluate(
-    model: nn.Module,
-    data: ImageData,
-    *,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-    precision: Precision | None = None,
-) -> tuple[Metrics, NDArray[np.float32]]:
-    """Measure `model`, where it is, on the test split of `data`.
-
-    Args:
-        model: takes normalised images (B, 3, H, W), gives logits (B, C).
-        data: its test split is read once.
-        mean: channel means that the model was trained with.
-        std: channel deviations that the model was trained with.
-        precision: arithmetic of the forward passes; None is what `auto` means on the device.
-
-    Returns:
-        The metrics, and the class probabilities (N, C) they were taken from.
-    """
-    device = next(model.parameters()).device
-    plain, both = predict(
-        model,
-        data.test.images,
-        mean=mean,
-        std=std,
-        device=device,
-        precision=precision or resolve_precision("auto", device),
-    )
-    return Metrics.from_probabilities(plain, data.test.labels, data.classes, both), plain
+def _resolve_for(config: TrainConfig, device: torch.device) -> Precision:
+    """The precision of `config`; what `auto` means where fp16 is not possible, off the GPU."""
+    if config.precision == "fp16" and device.type != "cuda":
+        logger.warning("the run was trained in fp16, which needs a GPU: measured in fp32 here")
+        return resolve_precision("auto", device)
+    return resolve_precision(config.precision, device)
 
 
-def training_facts(
+def collect_facts(
     config: TrainConfig,
     data: ImageData,
     model: nn.Module,
@@ -191,9 +247,9 @@ def training_facts(
 ) -> dict[str, Any]:
     """What `metrics.json` says of how a result was reached.
 
-    `epochs` are also the true passes: every epoch shows each training picture once.
+    `epochs` are also the true passes: every epoch shows each training image once.
     """
-    trained_on = len(data.train) - config.hold_out
+    training_images = len(data.train) - config.val_size
     return {
         "preset": config.preset,
         "data": data.source,
@@ -201,10 +257,10 @@ def training_facts(
         "seed": config.seed,
         "epochs": config.epochs,
         "passes": config.epochs,
-        "training_pictures": trained_on,
+        "training_images": training_images,
         "train_accuracy": history[-1]["train_accuracy"],
         "train_seconds": train_seconds,
-        "images_per_second": trained_on * len(history) / train_seconds,
+        "images_per_second": training_images * len(history) / train_seconds,
         "peak_memory_gib": measure_peak_memory(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": describe_device(device),
@@ -213,11 +269,24 @@ def training_facts(
     }
 
 
-def load_run(folder: Path | str, *, data: ImageData | None = None, device: str = "auto") -> Run:
-    """The finished run in `folder`, its model evaluated anew.
+def load_run(
+    folder: Path | str,
+    *,
+    data: ImageData | None = None,
+    model: nn.Module | None = None,
+    device: str = "auto",
+) -> Run:
+    """The finished run in `folder`, its model measured anew on the test split.
+
+    Args:
+        folder: what `out` was in `labkit.fit`.
+        data: other images than those it was trained on; needed for a run on data of your own,
+            as `ImageData.from_splits(train, test)`.
+        model: a network that takes the saved weights; needed for a run of a network of your own.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
 
     Raises:
-        InputError: there is no finished run in `folder`.
+        InputError: there is no finished run in `folder`, or it needs `data` or `model`.
         SourceError: the data it was trained on could not be had.
     """
     from safetensors.torch import load_file
@@ -230,12 +299,30 @@ def load_run(folder: Path | str, *, data: ImageData | None = None, device: str =
             "train one with: labkit train --out FOLDER"
         )
     config = TrainConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    if data is None and config.data == "custom":
+        raise InputError(
+            f"{folder} was trained on data of your own: "
+            "pass data=labkit.ImageData.from_splits(train, test)"
+        )
+    if model is None and config.model == "custom":
+        raise InputError(f"{folder} was trained with a network of your own: pass model=")
     data = load_data(config.data, image_size=config.image_size) if data is None else data
-    place = pick_device(device)
-    model = model_for(config, len(data.classes), pretrained=False)
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    model.to(place).eval()
-    metrics, probabilities = evaluate(model, data, mean=config.mean, std=config.std)
+    target = pick_device(device)
+    if model is None:
+        model = create_from_config(config, len(data.classes), pretrained=False)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
+    model.eval()
+    metrics = evaluate(
+        model,
+        data.test,
+        mean=config.mean,
+        std=config.std,
+        precision=_resolve_for(config, target),
+        device=str(target),
+    )
     saved = json.loads((folder / METRICS).read_text())
     return Run(
         config=config,
@@ -243,7 +330,6 @@ def load_run(folder: Path | str, *, data: ImageData | None = None, device: str =
         data=data,
         history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
         metrics=metrics,
-        probabilities=probabilities,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,
     )

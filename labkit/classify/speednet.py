@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from labkit.runtime import InputError
 
-PATCH = 2
+PATCH_SIZE = 2
 SMALLEST_IMAGE = 9
 _CHUNK = 500
 
 
-def patch_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+def compute_patch_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (12,) and covariance (12, 12), in float64, of all 2x2 patches of images (N, 3, H, W)."""
     total = torch.zeros(12, dtype=torch.float64)
     products = torch.zeros(12, 12, dtype=torch.float64)
     count = 0
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK].to("cpu", torch.float64)
-        patches = F.unfold(chunk, PATCH).transpose(0, 1).flatten(1)  # (12, patches)
+        patches = F.unfold(chunk, PATCH_SIZE).transpose(0, 1).flatten(1)  # (12, patches)
         total += patches.sum(dim=1)
         products += patches @ patches.T
         count += patches.shape[1]
@@ -50,7 +50,7 @@ def init_whitening(conv: nn.Conv2d, images: Tensor, epsilon: float = 5e-4) -> No
             f"whitening needs normalised images (N, 3, H, W), got {tuple(images.shape)}"
         )
     assert conv.bias is not None
-    mean, covariance = patch_moments(images)
+    mean, covariance = compute_patch_moments(images)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     filters = (eigenvectors / (eigenvalues.clamp(min=0) + epsilon).sqrt()).T.flip(0)  # (12, 12)
     offsets = -(filters @ mean)
@@ -59,29 +59,29 @@ def init_whitening(conv: nn.Conv2d, images: Tensor, epsilon: float = 5e-4) -> No
         conv.bias.copy_(torch.cat([offsets, -offsets]))
 
 
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
+def _create_convolution(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3x3 convolution that passes on as many channels as it can (dirac initialisation)."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.detach()[:inputs])
     return conv
 
 
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
+def _create_batch_norm(channels: int) -> nn.BatchNorm2d:
     """BatchNorm with a bias only; its running statistics keep 0.6 of their past per step."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=1 - 0.6)
     norm.weight.requires_grad_(False)
     return norm
 
 
-def _group(inputs: int, outputs: int) -> nn.Sequential:
+def _create_group(inputs: int, outputs: int) -> nn.Sequential:
     """Two convolutions, halving the resolution after the first."""
     return nn.Sequential(
-        _convolution(inputs, outputs),
+        _create_convolution(inputs, outputs),
         nn.MaxPool2d(2),
-        _batch_norm(outputs),
+        _create_batch_norm(outputs),
         nn.GELU(),
-        _convolution(outputs, outputs),
-        _batch_norm(outputs),
+        _create_convolution(outputs, outputs),
+        _create_batch_norm(outputs),
         nn.GELU(),
     )
 
@@ -90,19 +90,23 @@ class SpeedNet(nn.Module):
     """Frozen whitening convolution, three groups of convolutions, maximum, scaled linear head.
 
     Args:
-        classes: width of the logits.
-        image_size: side of the square images in pixels, at least 9.
+        num_classes: number of classes, the length of the logits.
+        image_size: height and width of the images in pixels, at least 9.
         widths: channels of the groups.
         head_scale: factor on the logits.
 
     Raises:
         InputError: a size is out of range.
+
+    Example:
+        >>> SpeedNet(widths=(8, 16, 16))(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
         self,
         *,
-        classes: int = 10,
+        num_classes: int = 10,
         image_size: int = 32,
         widths: Sequence[int] = (64, 256, 256),
         head_scale: float = 1 / 9,
@@ -113,13 +117,13 @@ class SpeedNet(nn.Module):
         if len(widths) != 3 or min(widths) < 1:
             raise InputError(f"widths must be three positive numbers, got {list(widths)}")
         self.head_scale = head_scale
-        self.whitening = nn.Conv2d(3, 2 * 3 * PATCH**2, PATCH)
+        self.whitening = nn.Conv2d(3, 2 * 3 * PATCH_SIZE**2, PATCH_SIZE)
         self.whitening.weight.requires_grad_(False)
         inputs = [self.whitening.out_channels, *widths[:2]]
         self.groups = nn.Sequential(
-            *(_group(*channels) for channels in zip(inputs, widths, strict=True))
+            *(_create_group(*channels) for channels in zip(inputs, widths, strict=True))
         )
-        self.head = nn.Linear(widths[2], classes, bias=False)
+        self.head = nn.Linear(widths[2], num_classes, bias=False)
 
     def fit_whitening(self, images: Tensor) -> None:
         """Fit the frozen first layer to normalised training images, before training begins.
@@ -129,7 +133,7 @@ class SpeedNet(nn.Module):
         init_whitening(self.whitening, images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images (B, 3, H, W)."""
+        """Logits (B, num_classes) of normalised images (B, 3, H, W)."""
         features = self.groups(F.gelu(self.whitening(images))).amax(dim=(2, 3))  # (B, C)
         logits: Tensor = self.head(features) * self.head_scale
         return logits

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, TypeGuard, get_args
 import torch
 from torch import Tensor, nn
 
-from labkit.classify.layers import Attention, Block, PatchEmbedding, Tokens, sinusoids
+from labkit.classify.layers import Attention, Block, PatchEmbedding, Tokens, make_sinusoids
 from labkit.runtime import InputError
 
 Pool = Literal["cls", "mean", "sequence"]
@@ -24,7 +24,7 @@ class AttentionRecord:
     """What one forward pass attended to.
 
     Attributes:
-        maps: one tensor (B, heads, T, T) per layer, first layer first; rows sum to 1.
+        maps: one tensor (B, num_heads, T, T) per layer, first layer first; rows sum to 1.
         readout: (B, T), the weights with which the last tokens enter the classifier; rows sum to 1.
         grid: (h, w) of the patches, which are the last h*w of the T tokens, row by row.
     """
@@ -42,12 +42,12 @@ class Attentive(Protocol):
 
 
 def has_attention(model: nn.Module) -> TypeGuard[Attentive]:
-    """Whether `attention_rollout` can be computed for `model`."""
+    """Whether `compute_attention_rollout` can be computed for `model`."""
     return hasattr(model, "record_attention")
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def use_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; every layer's own mode is restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -58,7 +58,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def rollout(record: AttentionRecord) -> Tensor:
+def roll_out(record: AttentionRecord) -> Tensor:
     """How much of each patch reaches the classifier (Abnar & Zuidema 2020).
 
     Heads are averaged, the residual connection counts as much as the attention, and the layers
@@ -73,8 +73,8 @@ def rollout(record: AttentionRecord) -> Tensor:
 
 
 @torch.no_grad()
-def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
-    """`rollout` of what `model` attends to in normalised images (B, 3, H, W), as (B, h, w).
+def compute_attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
+    """`roll_out` of what `model` attends to in normalised images (B, 3, H, W), as (B, h, w).
 
     Raises:
         InputError: the model has no attention to show (see `has_attention`).
@@ -84,24 +84,24 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
             f"attention roll-out needs a model such as 'vit' or 'vit-finetune', "
             f"got {type(model).__name__}"
         )
-    return rollout(model.record_attention(images))
+    return roll_out(model.record_attention(images))
 
 
 def _check_sizes(image_size: int, mlp_ratio: float, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name} must be at least 1, got {size}")
-    if image_size % sizes["patch"]:
+    if image_size % sizes["patch_size"]:
         raise InputError(
-            f"patch must divide image_size, got {sizes['patch']} and {image_size}; "
-            "choose another patch, such as 2 or 4"
+            f"patch_size must divide image_size, got {sizes['patch_size']} and {image_size}; "
+            "choose another patch_size, such as 2 or 4"
         )
-    if sizes["width"] % sizes["heads"]:
+    if sizes["embed_dim"] % sizes["num_heads"]:
         raise InputError(
-            f"heads must divide width, got {sizes['heads']} and {sizes['width']}; "
-            "choose a width that is a multiple of heads"
+            f"num_heads must divide embed_dim, got {sizes['num_heads']} and {sizes['embed_dim']}; "
+            "choose an embed_dim that is a multiple of num_heads"
         )
-    if round(sizes["width"] * mlp_ratio) < 1:
+    if round(sizes["embed_dim"] * mlp_ratio) < 1:
         raise InputError(f"mlp_ratio must leave a hidden channel, got {mlp_ratio}; 4 is usual")
 
 
@@ -118,75 +118,83 @@ class VisionTransformer(nn.Module):
     """A Vision Transformer; the defaults are the textbook's, the options suit small data.
 
     Args:
-        classes: width of the logits.
-        image_size: side of the square images in pixels.
-        patch: side of a patch in pixels.
-        width: channels C of a token.
+        num_classes: number of classes, the length of the logits.
+        image_size: height and width of the images in pixels.
+        patch_size: height and width of a patch in pixels.
+        embed_dim: channels C of a token.
         depth: number of blocks.
-        heads: attention heads, of C / heads channels each.
+        num_heads: attention heads, of C / num_heads channels each.
         mlp_ratio: hidden channels of an MLP as a multiple of C.
         tokens: patches embedded directly, or after a 3x3 convolution and GELU.
         pool: what is classified: a CLS token, the mean of the tokens, or their mean with learned
             weights, the sequence pooling of CCT (Hassani et al. 2021).
         relative_bias: add a 2-D relative position bias to the attention.
-        mimetic: start from `Attention.mimetic_`, and from 2-D sinusoids as positions, which make
-            that attention local; all stay learnable.
-        drop_path: rate of stochastic depth in the last block; it rises linearly from 0.
+        mimetic: start from `Attention.init_mimetic_`, and from 2-D sinusoids as positions, which
+            make that attention local; all stay learnable.
+        drop_path_rate: rate of stochastic depth in the last block; it rises linearly from 0.
         head_dropout: dropout rate before the classifier.
-        layer_scale: initial gain of the residual branches, 0 included (None: no gains).
 
     Raises:
         InputError: sizes do not divide, or an option is out of range.
+
+    Example:
+        >>> model = VisionTransformer(patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> model(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
     """
 
     def __init__(
         self,
         *,
-        classes: int = 10,
+        num_classes: int = 10,
         image_size: int = 32,
-        patch: int = 4,
-        width: int = 192,
+        patch_size: int = 4,
+        embed_dim: int = 192,
         depth: int = 9,
-        heads: int = 3,
+        num_heads: int = 3,
         mlp_ratio: float = 4.0,
         tokens: Tokens = "patch",
         pool: Pool = "cls",
         relative_bias: bool = False,
         mimetic: bool = False,
-        drop_path: float = 0.0,
+        drop_path_rate: float = 0.0,
         head_dropout: float = 0.0,
-        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"classes": classes, "patch": patch, "width": width, "depth": depth, "heads": heads}
+        sizes = {
+            "num_classes": num_classes,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
         _check_sizes(image_size, mlp_ratio, sizes)
         _check_options(
             {"tokens": (tokens, Tokens), "pool": (pool, Pool)},
-            {"drop_path": drop_path, "head_dropout": head_dropout},
+            {"drop_path_rate": drop_path_rate, "head_dropout": head_dropout},
         )
-        if mimetic and width % 4:
-            raise InputError(f"mimetic needs a width that is a multiple of 4, got {width}")
-        self.grid = image_size // patch
+        if mimetic and embed_dim % 4:
+            raise InputError(f"mimetic needs an embed_dim that is a multiple of 4, got {embed_dim}")
+        self.grid = image_size // patch_size
         self.pool = pool
-        self.patch_embed = PatchEmbedding(patch, width, tokens)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if pool == "cls" else None
+        self.patch_embed = PatchEmbedding(patch_size, embed_dim, tokens)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "cls" else None
         length = self.grid**2 + (pool == "cls")
-        self.pos_embed = nn.Parameter(torch.empty(1, length, width))
-        rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim))
+        rates = [drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(
             Block(
-                Attention(width, heads, self.grid, relative_bias),
-                width,
-                round(width * mlp_ratio),
+                Attention(embed_dim, num_heads, self.grid, relative_bias),
+                embed_dim,
+                round(embed_dim * mlp_ratio),
                 rate,
-                layer_scale,
             )
             for rate in rates
         )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.token_score = nn.Linear(width, 1) if pool == "sequence" else None
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.token_score = nn.Linear(embed_dim, 1) if pool == "sequence" else None
         self.head_drop = nn.Dropout(head_dropout)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(embed_dim, num_classes)
         self._initialise(mimetic)
 
     @torch.no_grad()
@@ -200,12 +208,12 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         if mimetic:
             patches = self.pos_embed[:, -(self.grid**2) :]
-            patches.copy_(sinusoids(self.grid, patches.shape[2]))
+            patches.copy_(make_sinusoids(self.grid, patches.shape[2]))
             for module in self.modules():
                 if isinstance(module, Attention):
-                    module.mimetic_()
+                    module.init_mimetic_()
 
-    def _features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+    def _encode(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """Normalised last tokens (B, T, C)."""
         tokens: Tensor = self.patch_embed(images)
         if self.cls_token is not None:
@@ -216,7 +224,7 @@ class VisionTransformer(nn.Module):
         normed: Tensor = self.norm(tokens)
         return normed
 
-    def _readout(self, tokens: Tensor) -> Tensor:
+    def _weigh_tokens(self, tokens: Tensor) -> Tensor:
         """Weights (B, T) of the pooling; rows sum to 1."""
         if self.token_score is not None:
             scores: Tensor = self.token_score(tokens).squeeze(2)
@@ -227,22 +235,22 @@ class VisionTransformer(nn.Module):
             return weights
         return weights + 1 / tokens.shape[1]
 
-    def _pooled(self, tokens: Tensor) -> Tensor:
+    def _pool_tokens(self, tokens: Tensor) -> Tensor:
         if self.pool == "cls":
             return tokens[:, 0]
         if self.pool == "mean":
             return tokens.mean(dim=1)
-        return (self._readout(tokens).unsqueeze(1) @ tokens).squeeze(1)  # (B, C)
+        return (self._weigh_tokens(tokens).unsqueeze(1) @ tokens).squeeze(1)  # (B, C)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images (B, 3, H, W)."""
-        logits: Tensor = self.head(self.head_drop(self._pooled(self._features(images))))
+        """Logits (B, num_classes) of normalised images (B, 3, H, W)."""
+        logits: Tensor = self.head(self.head_drop(self._pool_tokens(self._encode(images))))
         return logits
 
     @torch.no_grad()
     def record_attention(self, images: Tensor) -> AttentionRecord:
         """The attention of an evaluation pass, computed without the fused kernel."""
         maps: list[Tensor] = []
-        with evaluating(self):
-            tokens = self._features(images, maps)
-        return AttentionRecord(maps, self._readout(tokens), (self.grid, self.grid))
+        with use_eval_mode(self):
+            tokens = self._encode(images, maps)
+        return AttentionRecord(maps, self._weigh_tokens(tokens), (self.grid, self.grid))

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchvision.transforms.v2 import functional as TF
 
 from labkit.classify import augment
-from labkit.classify.augment import TrainingImages, cutmix, erase_boxes, flip_mask, mirror, mixup
+from labkit.classify.augment import TrainLoader, cutmix, draw_flips, erase_boxes, mirror, mixup
 from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import Split
 from labkit.runtime import InputError
@@ -19,7 +22,7 @@ EVERYTHING = AugmentConfig(
     pad=2,
     pad_mode="reflect",
     flip="random",
-    policy="rand",
+    auto_augment="rand",
     erase=0.5,
     cutout=4,
     mixup=0.4,
@@ -30,18 +33,18 @@ EVERYTHING = AugmentConfig(
 def noise(count: int = 40) -> Split:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
-    return Split(images, rng.integers(0, 4, count))
+    return Split(images, rng.integers(0, 4, count), tuple("abcd"))
 
 
-def images_of(settings: AugmentConfig, **changes: object) -> TrainingImages:
+def make_loader(settings: AugmentConfig, **changes: object) -> TrainLoader:
     config = TrainConfig(augment=settings, image_size=12, seed=3, **changes)  # type: ignore[arg-type]
-    return TrainingImages(noise(), 4, config, CPU)
+    return TrainLoader(noise(), config, CPU)
 
 
 def test_without_augmentation_a_batch_is_torchvisions_normalised_tensor() -> None:
     split = noise()
     config = TrainConfig(image_size=12)
-    images, labels = TrainingImages(split, 4, config, CPU).batch(0, torch.tensor([5, 0, 7]))
+    images, labels = TrainLoader(split, config, CPU).batch(0, torch.tensor([5, 0, 7]))
     for row, index in enumerate([5, 0, 7]):
         plain = TF.to_dtype(torch.from_numpy(split.images[index]).permute(2, 0, 1), scale=True)
         expected = TF.normalize(plain, list(config.mean), list(config.std))
@@ -51,50 +54,50 @@ def test_without_augmentation_a_batch_is_torchvisions_normalised_tensor() -> Non
 
 
 @pytest.mark.parametrize("pad_mode", ["zero", "reflect"])
-def test_every_crop_is_a_window_of_the_padded_picture(pad_mode: str) -> None:
+def test_every_crop_is_a_window_of_the_padded_image(pad_mode: str) -> None:
     settings = AugmentConfig(pad=2, pad_mode=pad_mode)  # type: ignore[arg-type]
-    shown = images_of(settings).pixels(0, torch.arange(40))
+    shown = make_loader(settings).pixels(0, torch.arange(40))
     mode = "constant" if pad_mode == "zero" else "reflect"
     padded = TF.pad(torch.from_numpy(noise().images).permute(0, 3, 1, 2), [2], padding_mode=mode)
     places = set()
-    for picture, original in zip(shown, padded, strict=True):
+    for image, original in zip(shown, padded, strict=True):
         windows = [
             (y, x)
             for y in range(5)
             for x in range(5)
-            if torch.equal(picture, original[:, y : y + 12, x : x + 12])
+            if torch.equal(image, original[:, y : y + 12, x : x + 12])
         ]
         assert len(windows) == 1
         places.update(windows)
     assert len(places) > 10
 
 
-def test_reflection_wider_than_the_picture_is_an_error() -> None:
-    with pytest.raises(InputError, match="smaller than the picture"):
-        images_of(AugmentConfig(pad=12, pad_mode="reflect"))
+def test_reflection_wider_than_the_image_is_an_error() -> None:
+    with pytest.raises(InputError, match="smaller than the image"):
+        make_loader(AugmentConfig(pad=12, pad_mode="reflect"))
 
 
 def test_a_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
-    images = images_of(EVERYTHING)
+    images = make_loader(EVERYTHING)
     whole, targets = images.batch(4, torch.arange(40))
     some = torch.tensor([31, 2, 2, 17])
     part, part_targets = images.batch(4, some)
     assert torch.equal(part, whole[some]) and torch.equal(part_targets, targets[some])
     assert not torch.equal(images.batch(5, some)[0], part)
-    other = TrainingImages(noise(), 4, TrainConfig(augment=EVERYTHING, image_size=12), CPU)
+    other = TrainLoader(noise(), TrainConfig(augment=EVERYTHING, image_size=12), CPU)
     assert not torch.equal(other.batch(4, some)[0], part)
 
 
-def test_alternating_flip_shows_each_picture_both_ways_in_two_epochs() -> None:
+def test_alternating_flip_shows_each_image_both_ways_in_two_epochs() -> None:
     indices = torch.arange(1000)
-    even, odd = (flip_mask("alternating", 1, epoch, indices) for epoch in (6, 7))
+    even, odd = (draw_flips("alternating", 1, epoch, indices) for epoch in (6, 7))
     assert torch.equal(even, ~odd)
     assert 400 < even.sum() < 600
 
 
 def test_random_flip_mirrors_about_half_and_anew_each_epoch() -> None:
     indices = torch.arange(10_000)
-    first, second = (flip_mask("random", 1, epoch, indices) for epoch in (0, 1))
+    first, second = (draw_flips("random", 1, epoch, indices) for epoch in (0, 1))
     for mask in (first, first ^ second):
         assert abs(mask.double().mean() - 0.5) < 0.02
 
@@ -121,20 +124,20 @@ def test_erased_boxes_are_zero_and_the_rest_is_untouched() -> None:
 
 def test_random_erasing_keeps_to_its_probability_and_area() -> None:
     indices = torch.arange(4000)
-    erased = augment.random_erasing(torch.ones(4000, 1, 32, 32), 0.25, 0, 0, indices)
+    erased = augment.erase_randomly(torch.ones(4000, 1, 32, 32), 0.25, 0, 0, indices)
     share = 1 - erased.mean(dim=(1, 2, 3))
     hit = share > 0
     assert abs(hit.double().mean() - 0.25) < 0.03
     assert share[hit].min() > 0.01 and share[hit].max() < 0.36
 
 
-def test_cutout_blanks_a_square_around_a_pixel_of_the_picture() -> None:
-    blanked = augment.cutout(torch.ones(500, 1, 16, 16), 6, 0, 0, torch.arange(500)) == 0
+def test_cutout_blanks_a_square_around_a_pixel_of_the_image() -> None:
+    blanked = augment.cut_out(torch.ones(500, 1, 16, 16), 6, 0, 0, torch.arange(500)) == 0
     counts = blanked.sum(dim=(1, 2, 3))
     assert counts.max() == 36 and counts.min() >= 9
 
 
-def test_mixup_of_extreme_weights_is_one_of_the_pictures() -> None:
+def test_mixup_of_extreme_weights_is_one_of_the_images() -> None:
     own, other = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
     mixed = mixup(own, other, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(mixed[0], own[0])
@@ -149,7 +152,7 @@ def test_cutmix_reports_the_area_it_really_kept() -> None:
 
 
 def test_mixed_targets_are_distributions_over_both_classes() -> None:
-    images = images_of(dataclasses.replace(EVERYTHING, policy="none"))
+    images = make_loader(dataclasses.replace(EVERYTHING, auto_augment="none"))
     _, targets = images.batch(0, torch.arange(40))
     assert targets.shape == (40, 4)
     torch.testing.assert_close(targets.sum(1), torch.ones(40))
@@ -159,12 +162,44 @@ def test_mixed_targets_are_distributions_over_both_classes() -> None:
 
 def test_mixing_stops_when_it_was_told_to() -> None:
     settings = AugmentConfig(cutmix=1.0, mix_until=0.5)
-    images = images_of(settings, epochs=10)
+    images = make_loader(settings, epochs=10)
     assert images.batch(4, torch.arange(4))[1].is_floating_point()
     assert not images.batch(5, torch.arange(4))[1].is_floating_point()
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_mixing_weights_follow_the_beta_distribution(alpha: float) -> None:
-    drawn = augment.beta(alpha, 0, 0, torch.arange(5000), "weights").double().numpy()
+    drawn = augment.draw_beta(alpha, 0, 0, torch.arange(5000), "weights").double().numpy()
     assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def draw_from_every_generator(image: Image.Image) -> torch.Tensor:
+    shift = random.random() * np.random.rand() * torch.rand(())
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 + shift) / 2
+
+
+def test_a_transforms_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
+    loader = TrainLoader(noise(), TrainConfig(), CPU, draw_from_every_generator)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    whole = loader.pixels(4, torch.arange(40))
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    some = torch.tensor([31, 2, 2, 17])
+    assert torch.equal(loader.pixels(4, some), whole[some])
+    assert not torch.equal(loader.pixels(5, some), whole[some])
+    other = TrainLoader(noise(), TrainConfig(seed=1), CPU, draw_from_every_generator)
+    assert not torch.equal(other.pixels(4, some), whole[some])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda image: image, TF.to_image, lambda image: TF.to_image(image).float() / 255],
+    ids=["pil", "tensor", "floats"],
+)
+def test_a_transform_that_changes_nothing_gives_the_plain_batch(convert: Any) -> None:
+    config, indices = TrainConfig(), torch.tensor([5, 0, 7])
+    images, labels = TrainLoader(noise(), config, CPU, convert).batch(0, indices)
+    expected, expected_labels = TrainLoader(noise(), config, CPU).batch(0, indices)
+    torch.testing.assert_close(images, expected)
+    assert torch.equal(labels, expected_labels)

@@ -31,10 +31,10 @@ def reference_space(policy: str, height: int, width: int) -> Space:
     return space
 
 
-def our_space(policy: str, height: int, width: int) -> Tensor:
+def labkit_space(policy: str, height: int, width: int) -> Tensor:
     if policy == "trivial":
-        return auto_augment.trivial_space()
-    return auto_augment.rand_space(height, width)
+        return auto_augment.make_trivial_space()
+    return auto_augment.make_rand_space(height, width)
 
 
 def reference(image: Tensor, name: str, magnitude: float) -> Tensor:
@@ -48,7 +48,7 @@ def noise(count: int, height: int = 32, width: int = 32, *, high: int = 256) -> 
 
 
 def varied_images(height: int, width: int) -> Tensor:
-    """Noise, low contrast, ramps, and a picture of which two channels are flat."""
+    """Noise, low contrast, ramps, and an image of which two channels are flat."""
     x, y = torch.arange(width), torch.arange(height)[:, None]
     ramps = torch.stack([x * 7 + 0 * y, 255 - y * 5 + 0 * x, (x + y) * 3]) % 256
     flat = torch.tensor([3, 255])[:, None, None].expand(2, height, width)
@@ -70,10 +70,10 @@ def half_way(name: str, magnitude: float, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_magnitudes_and_signs_are_torchvisions(policy: str, height: int, width: int) -> None:
     expected = reference_space(policy, height, width)
-    ours = our_space(policy, height, width)
+    augmented = labkit_space(policy, height, width)
     assert tuple(expected) == auto_augment.NAMES
     for row, signed, (name, (magnitudes, expected_signed)) in zip(
-        ours, auto_augment._IS_SIGNED, expected.items(), strict=True
+        augmented, auto_augment._IS_SIGNED, expected.items(), strict=True
     ):
         assert torch.equal(row, magnitudes.float().expand(auto_augment.BINS)), name
         assert bool(signed) == expected_signed, name
@@ -89,12 +89,12 @@ def test_each_operation_equals_torchvisions(
     values = magnitudes.reshape(-1).float()
     values = torch.cat([values, -values]) if signed else values
     for image in varied_images(height, width):
-        ours = auto_augment.apply_operations(
+        augmented = auto_augment.apply_operations(
             image.expand(len(values), -1, -1, -1),
             torch.full(values.shape, auto_augment.NAMES.index(name)),
             values,
         )
-        for result, magnitude in zip(ours, values.tolist(), strict=True):
+        for result, magnitude in zip(augmented, values.tolist(), strict=True):
             decided = ~half_way(name, magnitude, height, width)
             expected = reference(image, name, magnitude)
             assert torch.equal(result[:, decided], expected[:, decided]), magnitude
@@ -102,7 +102,7 @@ def test_each_operation_equals_torchvisions(
 
 def test_trivial_shears_of_small_images_leave_no_pixel_undecided() -> None:
     # So that the test above compares every pixel of a 32 x 32 image.
-    for magnitude in auto_augment.trivial_space()[auto_augment.NAMES.index("ShearX")].tolist():
+    for magnitude in auto_augment.make_trivial_space()[auto_augment.NAMES.index("ShearX")].tolist():
         assert not half_way("ShearX", magnitude, 32, 32).any()
 
 
@@ -135,9 +135,11 @@ def test_trivial_augment_applies_to_each_image_what_its_index_draws() -> None:
 @pytest.mark.parametrize("operations", [1, 3])
 def test_rand_augment_applies_its_operations_in_turn(operations: int) -> None:
     images, indices = noise(60), torch.arange(60)
-    ours = auto_augment.rand_augment(images, 3, 4, indices, operations=operations, magnitude=19)
+    augmented = auto_augment.rand_augment(
+        images, 3, 4, indices, operations=operations, magnitude=19
+    )
     sequences = set()
-    for image, index, result in zip(images, indices.tolist(), ours, strict=True):
+    for image, index, result in zip(images, indices.tolist(), augmented, strict=True):
         steps = [drawn_operation("rand", (32, 32), index, step, 19) for step in range(operations)]
         for name, magnitude in steps:
             assert not half_way(name, magnitude, 32, 32).any()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from labkit.classify.checkpoint import CheckpointStore, join_state, restore_optimizer, split_state
-from labkit.runtime import SourceError
+from labkit.classify.checkpoint import CHECKPOINTS, RunFolder
+from labkit.classify.config import TrainConfig
+from labkit.runtime import InputError, SourceError
 
 STATE = {
     "weights": {"layer.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)},
@@ -18,6 +20,10 @@ STATE = {
     "nothing": None,
     "flag": True,
 }
+
+
+def run_folder(folder: Path, **options: bool) -> RunFolder:
+    return RunFolder(folder, TrainConfig(), "images", **options)
 
 
 def assert_same(left: object, right: object) -> None:
@@ -32,41 +38,37 @@ def assert_same(left: object, right: object) -> None:
         assert left == right
 
 
-def test_a_state_taken_apart_joins_to_the_same_state() -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    assert_same(join_state(split_state(STATE, tensors), tensors), STATE)
-
-
 def test_what_is_saved_is_loaded_and_only_two_generations_stay(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    folder = run_folder(tmp_path)
     for step in (9, 10, 11):
-        store.save({**STATE, "step": step}, step)
-    assert [path.name for path in store.generations()] == ["step-11", "step-10"]
-    loaded = store.load()
+        folder.save_state({**STATE, "step": step}, step)
+    assert [path.name for path in folder.generations()] == ["step-11", "step-10"]
+    loaded = folder.load_state()
     assert loaded is not None
     assert_same(loaded, {**STATE, "step": 11})
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save({"value": 1}, 5)
-    store.save({"value": 2}, 5)
-    assert store.load() == {"value": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": 1}, 5)
+    folder.save_state({"value": 2}, 5)
+    assert folder.load_state() == {"value": 2}
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-5"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path / "none").load() is None
+    assert run_folder(tmp_path / "none").load_state() is None
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["state.pt", "checksum.txt"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_a_damaged_generation_is_passed_over_with_a_warning(
     tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save({**STATE, "step": 1}, 1)
-    file = store.save({**STATE, "step": 2}, 2) / name
+    folder = run_folder(tmp_path)
+    folder.save_state({**STATE, "step": 1}, 1)
+    folder.save_state({**STATE, "step": 2}, 2)
+    file = folder.generations()[0] / name
     content = file.read_bytes()
     if damage == "truncated":
         file.write_bytes(content[:-7])
@@ -75,23 +77,24 @@ def test_a_damaged_generation_is_passed_over_with_a_warning(
     else:
         file.unlink()
     with caplog.at_level(logging.WARNING):
-        loaded = store.load()
+        loaded = folder.load_state()
     assert loaded is not None and loaded["step"] == 1
     assert "step-2 is damaged" in caplog.text
 
 
 def test_only_damaged_generations_is_an_error_with_the_remedy(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    (store.save(STATE, 1) / "manifest.json").unlink()
+    folder = run_folder(tmp_path)
+    folder.save_state(STATE, 1)
+    (folder.generations()[0] / "checksum.txt").unlink()
     with pytest.raises(SourceError, match="delete that folder"):
-        store.load()
+        folder.load_state()
 
 
 def test_a_full_disk_leaves_the_generations_before_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save({"value": 1}, 1)
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": 1}, 1)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -99,9 +102,9 @@ def test_a_full_disk_leaves_the_generations_before_intact(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(SourceError, match="No space left"):
-            store.save({"value": 2}, 2)
-    assert store.load() == {"value": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+            folder.save_state({"value": 2}, 2)
+    assert folder.load_state() == {"value": 1}
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-1"]
 
 
 def test_restored_optimiser_buffers_keep_the_layout_of_their_parameters() -> None:
@@ -113,11 +116,57 @@ def test_restored_optimiser_buffers_keep_the_layout_of_their_parameters() -> Non
     layer, optimizer = make()
     layer(torch.ones(1, 3, 5, 5)).sum().backward()
     optimizer.step()
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = split_state(optimizer.state_dict(), tensors)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
     fresh_layer, fresh = make()
-    restore_optimizer(fresh, join_state(skeleton, tensors))
+    fresh.load_state_dict(torch.load(file, weights_only=True))
     before = optimizer.state[layer.weight]["exp_avg"]
     after = fresh.state[fresh_layer.weight]["exp_avg"]
     assert torch.equal(before, after)
     assert after.stride() == fresh_layer.weight.stride()
+
+
+def test_a_write_that_fails_half_way_leaves_the_generations_before_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": 1}, 1)
+
+    def fail(state: object, file: object) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(SourceError, match=r"unexpected pos.*are intact"):
+            folder.save_state({"value": 2}, 2)
+    assert folder.load_state() == {"value": 1}
+
+
+def test_a_checkpoint_of_the_older_layout_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    old = tmp_path / CHECKPOINTS / "step-7"
+    old.mkdir(parents=True)
+    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+        (old / name).write_bytes(b"{}")
+    with pytest.raises(InputError, match="written by an older labkit"):
+        run_folder(tmp_path).load_state()
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    folder = RunFolder(
+        tmp_path / "a", TrainConfig(), "images", mirror=tmp_path / "b", is_main_process=False
+    )
+    folder.save_config()
+    folder.save_history([{"epoch": 1}])
+    folder.save_state(STATE, 1)
+    folder.update_mirror()
+    assert not list(tmp_path.iterdir())
+    run_folder(tmp_path / "a").save_state({"value": 1}, 1)
+    assert folder.load_state() == {"value": 1}
+
+
+def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": Path("no plain value")}, 1)
+    with pytest.raises(SourceError, match="every checkpoint"):
+        folder.load_state()

@@ -10,7 +10,7 @@ from labkit.classify.config import (
     AugmentConfig,
     TrainConfig,
     get_preset,
-    notebook_config,
+    list_presets,
 )
 from labkit.runtime import InputError
 
@@ -67,12 +67,34 @@ def test_unknown_keys_of_a_saved_configuration_are_named() -> None:
         TrainConfig.from_json({"colour": 1})
 
 
-def test_the_demo_profile_never_asks_for_real_data() -> None:
-    config = notebook_config("vit", profile="demo", epochs=2, seed=4)
-    assert (config.data, config.epochs, config.seed) == ("scenes", 2, 4)
+def test_presets_are_listed_by_name() -> None:
+    assert list_presets() == list(PRESETS) and "vit" in list_presets()
 
 
-def test_the_full_profile_is_the_preset_itself() -> None:
-    assert notebook_config("vit", profile="full") == PRESETS["vit"]
-    with pytest.raises(InputError, match="profile"):
-        notebook_config("vit", profile="half")
+OLD_RUN = {
+    "preset": "vit",
+    "model": "vit",
+    "model_options": {"patch": 2, "width": 64, "heads": 4, "drop_path": 0.1, "depth": 3},
+    "augment": {"pad": 4, "policy": "trivial"},
+    "hold_out": 500,
+    "mean": [0.4914, 0.4822, 0.4465],
+}
+
+
+def test_the_configuration_of_an_older_run_is_read_under_its_new_names() -> None:
+    config = TrainConfig.from_json(OLD_RUN)
+    assert config.val_size == 500
+    assert config.augment == AugmentConfig(pad=4, auto_augment="trivial")
+    assert config.model_options == {
+        "patch_size": 2,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "drop_path_rate": 0.1,
+        "depth": 3,
+    }
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_unknown_keys_of_a_saved_augmentation_are_named() -> None:
+    with pytest.raises(InputError, match="hue"):
+        TrainConfig.from_json({"augment": {"hue": 1}})

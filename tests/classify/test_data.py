@@ -1,627 +1,26 @@
-"""CIFAR-10 and other pictures from every source, the decoded cache, the validation split."""
+"""The decoded cache, splits, and data of one's own."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import io
-import json
 import os
-import pickle
-import struct
-import subprocess
-import sys
-import tarfile
 import threading
+import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
-from labkit.classify import data, readers, sources
-from labkit.classify.data import Split, hold_out, load_data
+from labkit.classify import data
+from labkit.classify.data import ImageData, Split, as_split, load_data, train_val_split
 from labkit.runtime import InputError, SourceError
-from tests.loopback import Fault, LoopbackHub, LoopbackServer
-
-COMMIT = "c1fa" * 10
-HUB_FILES = {split: f"plain_text/{split}-00000-of-00001.parquet" for split in ("train", "test")}
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
-
-
-def random_pictures(count: int, seed: int) -> Arrays:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return images, np.arange(count, dtype=np.int64) % 10
-
-
-TRAIN, TEST = random_pictures(40, 0), random_pictures(20, 1)
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def parquet(pictures: Arrays, names: tuple[str, ...] | None = readers.CIFAR10_CLASSES) -> bytes:
-    """The pictures in the layout of `uoft-cs/cifar10`."""
-    images, labels = pictures
-    cells = [{"bytes": png(image), "path": None} for image in images]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"img": pa.array(cells, kind), "label": labels})
-    if names:
-        features = {"label": {"names": list(names), "_type": "ClassLabel"}}
-        info = {"info": {"features": {"img": {"_type": "Image"}, **features}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
-
-
-TRAIN_PARQUET, TEST_PARQUET = parquet(TRAIN), parquet(TEST)
-
-
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
-    """Writes bytes as Python 2 wrote its strings, as in the real archive."""
-
-    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-
-    def save_bytes(self, value: bytes) -> None:
-        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
-        self.memoize(value)
-
-    dispatch[bytes] = save_bytes
-
-
-def python2_pickle(pictures: Arrays) -> bytes:
-    images, labels = pictures
-    rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
-    buffer = io.BytesIO()
-    Python2Pickler(buffer, protocol=2).dump({b"data": rows, b"labels": labels.tolist()})
-    return buffer.getvalue().replace(b"numpy._core.", b"numpy.core.")
-
-
-def batch_files() -> dict[str, bytes]:
-    """The pickles of the Toronto archive: eight pictures in each training batch."""
-    images, labels = TRAIN
-    files = {
-        f"data_batch_{number + 1}": python2_pickle(
-            (images[8 * number : 8 * number + 8], labels[8 * number : 8 * number + 8])
-        )
-        for number in range(5)
-    }
-    return files | {"test_batch": python2_pickle(TEST)}
-
-
-def tar_gz(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, body in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(body)
-            tar.addfile(member, io.BytesIO(body))
-    return buffer.getvalue()
-
-
-def archive() -> bytes:
-    return tar_gz({f"cifar-10-batches-py/{name}": body for name, body in batch_files().items()})
-
-
-def assert_is_the_data(loaded: data.ImageData) -> None:
-    for split, (images, labels) in ((loaded.train, TRAIN), (loaded.test, TEST)):
-        np.testing.assert_array_equal(split.images, images)
-        np.testing.assert_array_equal(split.labels, labels)
-        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int64)
-
-
-@pytest.fixture
-def hub_paths(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The stand-in hub with a small CIFAR-10, pinned; the paths that faults go to."""
-    bodies = {"train": TRAIN_PARQUET, "test": TEST_PARQUET}
-    monkeypatch.setattr(sources, "PINS", hub_pins(bodies))
-    return {
-        split: hub.add("lab/cifar", HUB_FILES[split], body, repo_type="dataset", revision=COMMIT)
-        for split, body in bodies.items()
-    }
-
-
-def hub_pins(bodies: dict[str, bytes]) -> sources.Pins:
-    return replace(
-        sources.PINS,
-        hub_repo="lab/cifar",
-        hub_revision=COMMIT,
-        hub_files={
-            split: (HUB_FILES[split], "sha256:" + hashlib.sha256(body).hexdigest())
-            for split, body in bodies.items()
-        },
-    )
-
-
-def serve_toronto(loopback: LoopbackServer, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
-    monkeypatch.setattr(sources, "TORONTO_TIMEOUT", 0.1)
-    pins = replace(
-        sources.PINS,
-        toronto_url=loopback.add("/cifar.tar.gz", body),
-        toronto_digest="md5:" + hashlib.md5(body).hexdigest(),
-    )
-    monkeypatch.setattr(sources, "PINS", pins)
-
-
-@pytest.fixture
-def parquet_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "small-cifar"
-    (folder / "plain_text").mkdir(parents=True)
-    (folder / HUB_FILES["train"]).write_bytes(TRAIN_PARQUET)
-    (folder / HUB_FILES["test"]).write_bytes(TEST_PARQUET)
-    return folder
-
-
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """Two classes with two pictures each in train, one each in test."""
-    folder = tmp_path / "animals"
-    rng = np.random.default_rng(2)
-    for split, count in (("train", 2), ("test", 1)):
-        for name in ("cat", "ant"):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
-    return folder
-
-
-# ---------------------------------------------------------------- hub
-
-
-def test_hub_end_to_end(hub_paths: dict[str, str]) -> None:
-    loaded = load_data("hub")
-    assert_is_the_data(loaded)
-    assert (loaded.source, loaded.name) == ("hub", "CIFAR-10")
-    assert loaded.classes == readers.CIFAR10_CLASSES
-
-
-def test_second_call_needs_no_network(
-    hub: LoopbackHub, hub_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = load_data("hub")
-    asked = len(hub.server.requests)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
-    again = load_data("hub")
-    assert_is_the_data(again)
-    assert again.fingerprint == first.fingerprint
-    assert len(hub.server.requests) == asked
-
-
-@pytest.mark.parametrize("fault", [Fault.WRONG_BYTES, Fault.HTML_PAGE, Fault.STALL])
-def test_failing_hub_is_named_with_remedies_and_recovers(
-    hub: LoopbackHub, hub_paths: dict[str, str], labkit_cache: Path, fault: Fault
-) -> None:
-    hub.server.fail(hub_paths["test"], fault)
-    with pytest.raises(SourceError) as caught:
-        load_data("hub")
-    for part in ("'hub'", "lab/cifar", "--data toronto", "--data PATH", "--data scenes"):
-        assert part in str(caught.value)
-    assert not list(labkit_cache.rglob("*.npy"))
-    assert_is_the_data(load_data("hub"))
-
-
-def test_failing_source_is_never_replaced_by_another(
-    hub: LoopbackHub, hub_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve_toronto(hub.server, monkeypatch, archive())
-    hub.server.fail("/cifar.tar.gz", Fault.HTML_PAGE)
-    with pytest.raises(SourceError, match="data source 'toronto' failed"):
-        load_data("toronto")
-    assert {request.path for request in hub.server.requests} == {"/cifar.tar.gz"}
-
-
-@pytest.mark.slow
-def test_hub_address_comes_from_the_environment(hub: LoopbackHub, tmp_path: Path) -> None:
-    bodies = {"train": TRAIN_PARQUET, "test": TEST_PARQUET}
-    for split, body in bodies.items():
-        hub.add("lab/cifar", HUB_FILES[split], body, repo_type="dataset", revision=COMMIT)
-    script = tmp_path / "load.py"
-    script.write_text(
-        "from labkit.classify import data, sources\n"
-        f"sources.PINS = sources.{hub_pins(bodies)!r}\n"
-        "print(len(data.load_data('hub').train))\n"
-    )
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.server.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "40\n", done.stderr
-
-
-# ---------------------------------------------------------------- Toronto
-
-
-def test_toronto_end_to_end(
-    loopback: LoopbackServer, monkeypatch: pytest.MonkeyPatch, labkit_cache: Path
-) -> None:
-    serve_toronto(loopback, monkeypatch, archive())
-    for _ in range(2):
-        loaded = load_data("toronto")
-        assert_is_the_data(loaded)
-    assert (loaded.source, loaded.name) == ("toronto", "CIFAR-10")
-    assert len(loopback.requests) == 1
-    kept = sorted(p.name for p in (labkit_cache / "downloads").iterdir() if p.name[0] != ".")
-    assert kept == ["cifar.tar.gz"]
-
-
-@pytest.mark.parametrize("fault", [Fault.STALL, Fault.SHORT_BODY, Fault.UNAVAILABLE])
-def test_toronto_survives_a_passing_fault(
-    loopback: LoopbackServer,
-    monkeypatch: pytest.MonkeyPatch,
-    no_waiting: list[float],
-    fault: Fault,
-) -> None:
-    serve_toronto(loopback, monkeypatch, archive())
-    loopback.fail("/cifar.tar.gz", fault)
-    assert_is_the_data(load_data("toronto"))
-    assert len(no_waiting) == 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "cause"),
-    [
-        (Fault.WRONG_BYTES, "wrong checksum"),
-        (Fault.HTML_PAGE, "HTML page"),
-        (Fault.STALL, "no answer"),
-    ],
-)
-def test_failing_toronto_is_named_with_remedies(
-    loopback: LoopbackServer,
-    monkeypatch: pytest.MonkeyPatch,
-    no_waiting: list[float],
-    labkit_cache: Path,
-    fault: Fault,
-    cause: str,
-) -> None:
-    serve_toronto(loopback, monkeypatch, archive())
-    loopback.fail("/cifar.tar.gz", *[fault] * 9)
-    with pytest.raises(SourceError, match=cause) as caught:
-        load_data("toronto")
-    for part in ("'toronto'", "--data hub", "--data PATH", "--data scenes"):
-        assert part in str(caught.value)
-    assert not list(labkit_cache.rglob("*.tar.gz"))
-
-
-def test_archive_that_writes_outside_its_folder_is_refused(
-    loopback: LoopbackServer, monkeypatch: pytest.MonkeyPatch, labkit_cache: Path
-) -> None:
-    serve_toronto(loopback, monkeypatch, tar_gz({"../escaped": b"x"}))
-    with pytest.raises(SourceError, match="could not extract"):
-        load_data("toronto")
-    assert not list(labkit_cache.rglob("escaped"))
-
-
-def test_extracted_archive_is_read_from_itself_or_its_parent(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for name, body in batch_files().items():
-        (folder / name).write_bytes(body)
-    for path in (folder, tmp_path):
-        assert_is_the_data(load_data(str(path)))
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_batches_written_by_python_3_are_read(tmp_path: Path, protocol: int) -> None:
-    images, labels = TEST
-    rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
-    path = tmp_path / "test_batch"
-    content = {b"data": rows, b"labels": labels.tolist()}
-    path.write_bytes(pickle.dumps(content, protocol=protocol))
-    got_images, got_labels = readers._load_batch(path)
-    np.testing.assert_array_equal(got_images, images)
-    np.testing.assert_array_equal(got_labels, labels)
-
-
-class RunsCode:
-    """What an attacker would pickle."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
-
-
-def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
-    target = tmp_path / "attacked"
-    for name, body in batch_files().items():
-        (tmp_path / name).write_bytes(body)
-    (tmp_path / "data_batch_3").write_bytes(pickle.dumps({b"data": RunsCode(target)}))
-    with pytest.raises(InputError, match=r"data_batch_3.*mkdir is not allowed"):
-        load_data(str(tmp_path))
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("damage", [b"", b"not a pickle", batch_files()["test_batch"][:5000]])
-def test_damaged_batch_is_named(tmp_path: Path, damage: bytes) -> None:
-    for name, body in batch_files().items():
-        (tmp_path / name).write_bytes(body)
-    (tmp_path / "data_batch_2").write_bytes(damage)
-    with pytest.raises(InputError, match="data_batch_2 is damaged"):
-        load_data(str(tmp_path))
-
-
-# ---------------------------------------------------------------- parquet folders
-
-
-def test_parquet_folder_is_read_from_itself_or_its_parent(parquet_folder: Path) -> None:
-    loaded = load_data(str(parquet_folder))
-    assert_is_the_data(loaded)
-    assert (loaded.source, loaded.name) == (str(parquet_folder), "small-cifar")
-    assert_is_the_data(load_data(str(parquet_folder / "plain_text")))
-
-
-def test_class_names_come_from_the_metadata_else_are_numbers(parquet_folder: Path) -> None:
-    names = tuple("klmnopqrst")
-    train, test = (parquet_folder / HUB_FILES[split] for split in ("train", "test"))
-    train.write_bytes(parquet(TRAIN, names))
-    assert load_data(str(parquet_folder)).classes == names
-    train.write_bytes(parquet(TRAIN, None))
-    test.write_bytes(parquet(TEST, None))
-    assert load_data(str(parquet_folder)).classes == tuple("0123456789")
-
-
-def test_several_parquet_files_follow_each_other(parquet_folder: Path) -> None:
-    (images, labels), folder = TRAIN, parquet_folder / "plain_text"
-    (parquet_folder / HUB_FILES["train"]).unlink()
-    for part in (slice(0, 15), slice(15, 40)):
-        body = parquet((images[part], labels[part]))
-        (folder / f"train-{part.start:05}-of-00002.parquet").write_bytes(body)
-    assert_is_the_data(load_data(str(parquet_folder)))
-
-
-@pytest.mark.parametrize("keep", [0, 100, len(TRAIN_PARQUET) // 2, len(TRAIN_PARQUET) - 1])
-def test_truncated_parquet_is_named(parquet_folder: Path, labkit_cache: Path, keep: int) -> None:
-    (parquet_folder / HUB_FILES["train"]).write_bytes(TRAIN_PARQUET[:keep])
-    with pytest.raises(InputError, match=r"train-00000-of-00001\.parquet is damaged"):
-        load_data(str(parquet_folder))
-    assert not list(labkit_cache.rglob("*.json"))
-
-
-def test_picture_damaged_inside_a_parquet_is_named(parquet_folder: Path) -> None:
-    table = pq.read_table(parquet_folder / HUB_FILES["test"])
-    cells = table.column("img").to_pylist()
-    cells[3]["bytes"] = cells[3]["bytes"][:60]
-    table = table.set_column(0, "img", pa.array(cells, table.schema.field("img").type))
-    pq.write_table(table, parquet_folder / HUB_FILES["test"])
-    with pytest.raises(InputError, match="test-00000-of-00001"):
-        load_data(str(parquet_folder))
-
-
-def test_parquet_of_another_layout_is_refused(parquet_folder: Path) -> None:
-    path = parquet_folder / HUB_FILES["test"]
-    pq.write_table(pa.table({"img": TEST[1], "label": TEST[1]}), path)
-    with pytest.raises(InputError, match=r"test-00000-of-00001.*field 'bytes'"):
-        load_data(str(parquet_folder))
-    pq.write_table(pa.table({"label": [0, 1]}), path)
-    with pytest.raises(InputError, match="field 'bytes'"):
-        load_data(str(parquet_folder))
-    pq.write_table(pa.table({"label": ["cat", "dog"]}), path)
-    with pytest.raises(InputError, match="whole numbers"):
-        load_data(str(parquet_folder))
-
-
-def test_parquet_pictures_of_another_size_are_refused(parquet_folder: Path) -> None:
-    images = np.zeros((20, 28, 28, 3), np.uint8)
-    (parquet_folder / HUB_FILES["test"]).write_bytes(parquet((images, TEST[1])))
-    with pytest.raises(InputError, match="28 x 28 pixels, not 32 x 32"):
-        load_data(str(parquet_folder))
-
-
-def test_label_without_a_name_is_refused(parquet_folder: Path) -> None:
-    (parquet_folder / HUB_FILES["test"]).write_bytes(parquet((TEST[0], TEST[1] - 1)))
-    with pytest.raises(InputError, match="label lies outside 0 to 9"):
-        load_data(str(parquet_folder))
-
-
-@pytest.mark.data
-def test_real_pixels_equal_those_of_a_plain_decoder(real_data: Path, tmp_path: Path) -> None:
-    rows = {}
-    for split, filename in HUB_FILES.items():
-        table = pq.read_table(real_data / "cifar10-jpeg" / filename).slice(1234, 50)
-        pq.write_table(table, tmp_path / Path(filename).name)
-        rows[split] = table.to_pylist()
-    loaded = load_data(str(tmp_path))
-    assert loaded.classes == readers.CIFAR10_CLASSES
-    for split, name in ((loaded.train, "train"), (loaded.test, "test")):
-        assert split.labels.tolist() == [row["label"] for row in rows[name]]
-        for image, row in zip(split.images, rows[name], strict=True):
-            expected = np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])))
-            np.testing.assert_array_equal(image, expected)
-
-
-# ---------------------------------------------------------------- image folders
-
-
-def test_image_folder_names_its_classes(image_folder: Path) -> None:
-    loaded = load_data(str(image_folder), image_size=16)
-    assert loaded.classes == ("ant", "cat")
-    assert loaded.name == "animals"
-    assert loaded.train.labels.tolist() == [0, 0, 1, 1]
-    assert loaded.test.labels.tolist() == [0, 1]
-    assert loaded.train.images.shape == (4, 16, 16, 3)
-
-
-def test_pictures_are_resized_then_cut_to_the_centre(image_folder: Path) -> None:
-    picture = Image.fromarray(random_pictures(1, 3)[0][0]).resize((128, 64))
-    picture.save(image_folder / "train" / "ant" / "0.png")
-    resized = picture.resize((64, 32), Image.Resampling.BICUBIC)
-    expected = np.asarray(resized.crop((16, 0, 48, 32)))
-    got = load_data(str(image_folder)).train.images[0]
-    inner = slice(4, -4)  # nearer to the cut the filter sees other neighbours
-    np.testing.assert_array_equal(got[:, inner], expected[:, inner])
-
-
-def test_camera_orientation_is_honoured(image_folder: Path) -> None:
-    upright = np.zeros((40, 40, 3), np.uint8)
-    upright[:20, :, 0], upright[20:, :, 2] = 255, 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored a quarter turn to the left
-    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
-    stored.save(image_folder / "train" / "ant" / "0.png", exif=exif)
-    got = load_data(str(image_folder)).train.images[0]
-    assert got[4, 16].tolist() == [255, 0, 0]
-    assert got[28, 16].tolist() == [0, 0, 255]
-
-
-@pytest.mark.parametrize(
-    ("picture", "suffix", "expected"),
-    [
-        (Image.new("L", (40, 40), 77), "png", [77, 77, 77]),
-        (Image.new("1", (40, 40), 1), "png", [255, 255, 255]),
-        (Image.new("CMYK", (40, 40), (0, 0, 0, 255)), "tiff", [0, 0, 0]),
-        (Image.new("RGBA", (40, 40), (9, 9, 9, 0)), "png", [255, 255, 255]),
-        (Image.new("LA", (40, 40), (50, 255)), "png", [50, 50, 50]),
-        (Image.fromarray(np.full((40, 40), 0x80FF, np.uint16)), "png", [128, 128, 128]),
-        (Image.fromarray(np.full((40, 40), 0x80FF, np.int32)), "tiff", [128, 128, 128]),
-        (Image.new("RGB", (40, 40), (1, 2, 3)), "bmp", [1, 2, 3]),
-        (Image.new("RGB", (1, 3000), (1, 2, 3)), "png", [1, 2, 3]),
-    ],
-    ids=["grey", "bilevel", "cmyk", "clear", "grey-alpha", "16-bit", "32-bit", "bmp", "thin"],
-)
-def test_every_mode_becomes_rgb(
-    image_folder: Path, picture: Image.Image, suffix: str, expected: list[int]
-) -> None:
-    picture.save(image_folder / "train" / "ant" / f"!.{suffix}")  # sorts first
-    got = load_data(str(image_folder)).train.images[0]
-    np.testing.assert_array_equal(got, np.broadcast_to(expected, (32, 32, 3)))
-
-
-def test_palette_with_transparency_shows_white(image_folder: Path) -> None:
-    picture = Image.new("P", (40, 40), 1)
-    picture.putpalette([0, 0, 0, 200, 0, 0])
-    path = image_folder / "train" / "ant" / "0.png"
-    picture.save(path, transparency=bytes([255, 0]))
-    assert load_data(str(image_folder)).train.images[0].min() == 255
-
-
-def test_hidden_files_are_left_out(image_folder: Path) -> None:
-    (image_folder / "train" / "ant" / ".DS_Store").write_bytes(b"x")
-    (image_folder / "train" / ".cache").mkdir()
-    assert len(load_data(str(image_folder)).train) == 4
-
-
-def test_unreadable_pictures_are_named_together(image_folder: Path, labkit_cache: Path) -> None:
-    whole = (image_folder / "train" / "cat" / "1.png").read_bytes()
-    (image_folder / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (image_folder / "train" / "ant" / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match=r"2 files.*notes\.txt.*cut\.png"):
-        load_data(str(image_folder))
-    assert not list(labkit_cache.rglob("*.npy"))
-
-
-def test_pictures_with_too_many_pixels_are_not_decoded(
-    image_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "MAX_PIXELS", 40 * 50)
-    big = image_folder / "train" / "ant" / "big.png"
-    Image.new("RGB", (41, 50)).save(big)
-    with pytest.raises(InputError, match=r"1 files.*big\.png \(41 x 50 pixels are too many"):
-        load_data(str(image_folder))
-
-
-def test_bomb_is_refused_without_a_warning(image_folder: Path) -> None:
-    header = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
-    header += struct.pack("<IiiHHIIiiII", 40, 10_000, 9_000, 1, 24, 0, 0, 0, 0, 0, 0)
-    (image_folder / "train" / "ant" / "bomb.bmp").write_bytes(header)
-    with pytest.raises(InputError, match="10000 x 9000 pixels are too many"):
-        load_data(str(image_folder))
-
-
-def test_one_class_is_not_enough(image_folder: Path) -> None:
-    for split in ("train", "test"):
-        (image_folder / split / "cat").rename(image_folder / f"{split}-cat")
-    with pytest.raises(InputError, match="1 class"):
-        load_data(str(image_folder))
-
-
-def test_empty_class_is_named(image_folder: Path) -> None:
-    (image_folder / "train" / "bee").mkdir()
-    with pytest.raises(InputError, match="class folder bee"):
-        load_data(str(image_folder))
-
-
-def test_train_and_test_must_agree_on_classes(image_folder: Path) -> None:
-    (image_folder / "test" / "cat").rename(image_folder / "test" / "dog")
-    with pytest.raises(InputError, match="cat, dog"):
-        load_data(str(image_folder))
-
-
-def test_new_picture_or_size_is_decoded_anew(image_folder: Path) -> None:
-    before = load_data(str(image_folder))
-    Image.new("RGB", (33, 33)).save(image_folder / "train" / "ant" / "9.png")
-    after = load_data(str(image_folder))
-    assert (len(before.train), len(after.train)) == (4, 5)
-    assert load_data(str(image_folder), image_size=8).train.images.shape == (5, 8, 8, 3)
-    assert before.fingerprint != after.fingerprint
-
-
-# ---------------------------------------------------------------- scenes and bad sources
-
-
-def test_scenes_are_those_of_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from labkit.scenes import SCENE_CLASSES, make_classification_scenes
-
-    monkeypatch.setattr(sources, "SCENE_COUNTS", {"train": 30, "test": 20})
-    monkeypatch.setattr(sources, "BATCH", 12)
-    loaded = load_data("scenes")
-    assert (loaded.source, loaded.name, loaded.classes) == ("scenes", "demo scenes", SCENE_CLASSES)
-    for split, kind in ((loaded.train, "train"), (loaded.test, "test")):
-        images, labels = make_classification_scenes(len(split), seed=sources.SCENE_SEEDS[kind])
-        np.testing.assert_array_equal(split.images, images)
-        np.testing.assert_array_equal(split.labels, labels)
-    assert not np.array_equal(loaded.train.images[:20], loaded.test.images)
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_unknown_source_lists_what_there_is(tmp_path: Path, there: bool) -> None:
-    path = tmp_path / "somewhere"
-    if there:
-        path.mkdir()
-    with pytest.raises(InputError) as caught:
-        load_data(str(path))
-    for part in ("'hub'", "'toronto'", "'scenes'", "parquet", "data_batch_1", "<class>"):
-        assert part in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-def test_incomplete_batches_are_not_a_data_set(tmp_path: Path) -> None:
-    for name, body in batch_files().items():
-        (tmp_path / name).write_bytes(body)
-    (tmp_path / "data_batch_4").unlink()
-    with pytest.raises(InputError, match="data_batch_1 to data_batch_5"):
-        load_data(str(tmp_path))
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_size_must_be_positive(image_folder: Path, size: int) -> None:
-    with pytest.raises(InputError, match=f"got {size}"):
-        load_data(str(image_folder), image_size=size)
-
-
-@pytest.mark.parametrize("source", ["hub", "toronto", "scenes"])
-def test_only_image_folders_have_another_size(source: str) -> None:
-    with pytest.raises(InputError, match="image_size must be 32"):
-        load_data(source, image_size=64)
-
+from tests.classify.small_cifar import HUB_FILES, TEST, TRAIN, assert_is_the_data, parquet
 
 # ---------------------------------------------------------------- the cache
 
@@ -758,7 +157,7 @@ def test_without_locks_decoders_do_not_harm_each_other(
 
 
 def numbered(labels: list[int]) -> Split:
-    """Pictures whose first pixel is their own number."""
+    """Images whose first pixel is their own number."""
     images = np.zeros((len(labels), 2, 2, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(len(labels))
     return Split(images, np.array(labels, dtype=np.int64))
@@ -768,9 +167,9 @@ def numbers(split: Split) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 
-def test_hold_out_parts_everything_in_order() -> None:
+def test_train_val_split_parts_everything_in_order() -> None:
     split = numbered([0, 1, 2, 3, 4] * 20)
-    train, validation = hold_out(split, 30)
+    train, validation = train_val_split(split, 30)
     assert sorted(numbers(train) + numbers(validation)) == list(range(100))
     assert (len(train), len(validation)) == (70, 30)
     for part in (train, validation):
@@ -778,30 +177,30 @@ def test_hold_out_parts_everything_in_order() -> None:
         assert part.labels.tolist() == [number % 5 for number in numbers(part)]
 
 
-def test_hold_out_is_balanced_over_classes() -> None:
-    _, validation = hold_out(numbered([0, 1, 2, 3] * 25), 20, seed=3)
+def test_train_val_split_is_balanced_over_classes() -> None:
+    _, validation = train_val_split(numbered([0, 1, 2, 3] * 25), 20, seed=3)
     assert np.bincount(validation.labels).tolist() == [5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("count", [1, 7, 33, 99])
-def test_hold_out_follows_unequal_classes_within_one(count: int) -> None:
+def test_train_val_split_follows_unequal_classes_within_one(count: int) -> None:
     labels = [0] * 60 + [5] * 30 + [7] * 10
-    _, validation = hold_out(numbered(labels), count)
+    _, validation = train_val_split(numbered(labels), count)
     got = np.bincount(validation.labels, minlength=8)[[0, 5, 7]]
     assert got.sum() == count
     assert np.abs(got - np.array([60, 30, 10]) * count / 100).max() < 1
 
 
-def test_hold_out_depends_on_the_seed_alone() -> None:
+def test_train_val_split_depends_on_the_seed_alone() -> None:
     split = numbered([0, 1] * 50)
-    first, again, other = (numbers(hold_out(split, 40, seed=seed)[1]) for seed in (1, 1, 2))
+    first, again, other = (numbers(train_val_split(split, 40, seed=seed)[1]) for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("count", [-1, 0, 10, 11])
-def test_hold_out_needs_pictures_on_both_sides(count: int) -> None:
+def test_train_val_split_needs_images_on_both_sides(count: int) -> None:
     with pytest.raises(InputError, match=f"got {count}"):
-        hold_out(numbered([0, 1] * 5), count)
+        train_val_split(numbered([0, 1] * 5), count)
 
 
 def test_split_refuses_arrays_of_another_form() -> None:
@@ -815,3 +214,149 @@ def test_split_refuses_arrays_of_another_form() -> None:
     ):
         with pytest.raises(InputError, match="must be"):
             Split(*wrong)
+
+
+def test_split_names_its_classes_or_numbers_them() -> None:
+    images, labels = TEST
+    assert Split(images, labels).classes == tuple("0123456789")
+    assert Split(images, labels, tuple("abcdefghijk")).classes[10] == "k"
+    with pytest.raises(InputError, match="labels must be from 0 to 1"):
+        Split(images, labels, ("cat", "dog"))
+    with pytest.raises(InputError, match="got -1 to 8"):
+        Split(images, labels - 1)
+
+
+def test_both_parts_of_a_split_keep_its_classes() -> None:
+    split = Split(*TEST, classes=tuple("klmnopqrst"))
+    assert {part.classes for part in train_val_split(split, 10)} == {split.classes}
+
+
+# ---------------------------------------------------------------- data of one's own
+
+
+IMAGES, LABELS = TEST
+
+
+def as_floats(images: Any) -> Any:
+    return images.astype(np.float32) / 255
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        IMAGES,
+        IMAGES.transpose(0, 3, 1, 2),
+        as_floats(IMAGES),
+        as_floats(IMAGES).astype(np.float64),
+        torch.from_numpy(IMAGES),
+        torch.from_numpy(as_floats(IMAGES)).permute(0, 3, 1, 2),
+    ],
+    ids=["bytes", "channels-first", "floats", "doubles", "tensor", "float-tensor"],
+)
+@pytest.mark.parametrize("labels", [LABELS, LABELS.tolist(), torch.from_numpy(LABELS).int()])
+def test_arrays_and_tensors_of_every_layout_become_the_same_split(images: Any, labels: Any) -> None:
+    split = as_split((images, labels))
+    np.testing.assert_array_equal(split.images, IMAGES)
+    np.testing.assert_array_equal(split.labels, LABELS)
+    assert split.classes == tuple("0123456789")
+
+
+class Dataset:
+    """A data set as torchvision has them."""
+
+    def __init__(self, convert: Any, classes: Any = None) -> None:
+        self._convert = convert
+        if classes:
+            self.classes = classes
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._convert(Image.fromarray(IMAGES[index])), int(LABELS[index])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda image: image, np.asarray, TF.to_image, TF.to_tensor],
+    ids=["pil", "array", "tv-tensor", "float-tensor"],
+)
+def test_a_data_set_as_torchvision_has_them_becomes_a_split(convert: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision advises against to_tensor
+        split = as_split(Dataset(convert, list("klmnopqrst")))
+    np.testing.assert_array_equal(split.images, IMAGES)
+    np.testing.assert_array_equal(split.labels, LABELS)
+    assert split.classes == tuple("klmnopqrst")
+
+
+def test_torchvisions_own_data_sets_are_taken() -> None:
+    from torchvision.datasets import FakeData
+
+    split = as_split(FakeData(6, (3, 8, 8), 4), classes=tuple("abcd"))
+    assert split.images.shape == (6, 8, 8, 3) and split.classes == tuple("abcd")
+
+
+def test_grey_images_of_a_data_set_become_rgb() -> None:
+    split = as_split(Dataset(lambda image: image.convert("L")))
+    np.testing.assert_array_equal(split.images[..., 0], split.images[..., 2])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((as_floats(IMAGES) * 4 - 2, LABELS), "leave out Normalize: labkit normalises with"),
+        ((as_floats(IMAGES) * np.nan, LABELS), "leave out Normalize"),
+        ((IMAGES.astype(np.int64), LABELS), r"images must be uint8.*astype\('uint8'\)"),
+        ((IMAGES[..., :1], LABELS), r"got \(20, 32, 32, 1\); repeat the one channel"),
+        ((IMAGES, LABELS[:3]), "own has 20 images but 3 labels"),
+        ((IMAGES, LABELS / 2), "labels must be whole numbers"),
+        ((IMAGES, LABELS[:, None]), r"whole numbers \(N,\)"),
+        ((IMAGES, LABELS - 5), "own: labels must be from 0"),
+        ((IMAGES[:0], LABELS[:0]), "own holds no images"),
+        ((IMAGES, LABELS, 3), "got 3 parts"),
+        (7, "got int"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_with_the_remedy(data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        as_split(data, "own")
+
+
+def test_a_data_set_that_normalises_is_told_not_to() -> None:
+    with pytest.raises(InputError, match="leave out Normalize"):
+        as_split(Dataset(lambda image: torch.from_numpy(as_floats(np.asarray(image))) * 2 - 1))
+
+
+def test_a_data_set_of_several_sizes_is_told_to_resize() -> None:
+    sizes = iter(range(30, 60))
+    with pytest.raises(InputError, match=r"\(30, 30\) and of \(31, 31\) pixels; resize"):
+        as_split(Dataset(lambda image: image.resize((next(sizes),) * 2)))
+
+
+def test_own_data_is_identified_by_its_bytes() -> None:
+    first, again = (ImageData.from_splits(TRAIN, TEST) for _ in range(2))
+    assert first.fingerprint == again.fingerprint and first.source == "custom"
+    changed = TRAIN[0].copy()
+    changed[0, 0, 0, 0] ^= 1
+    for train, test in (
+        ((changed, TRAIN[1]), TEST),
+        (TRAIN, TRAIN),
+        ((TRAIN[0], LABELS.repeat(2)), TEST),
+    ):
+        assert ImageData.from_splits(train, test).fingerprint != first.fingerprint
+
+
+def test_the_test_split_takes_the_classes_of_the_training_split() -> None:
+    names = tuple("klmnopqrst")
+    few = (IMAGES[:2], LABELS[:2])
+    data = ImageData.from_splits(Split(*TRAIN, classes=names), few)
+    assert data.classes == data.test.classes == names
+    with pytest.raises(InputError, match="give both the same names"):
+        ImageData.from_splits(TRAIN, Split(*TEST, classes=names))
+    with pytest.raises(InputError, match="test: labels must be from 0 to 1"):
+        ImageData.from_splits(few, TEST)
+    with pytest.raises(InputError, match="custom data has 1 class"):
+        ImageData.from_splits((IMAGES, LABELS * 0), (IMAGES, LABELS * 0))
+    with pytest.raises(InputError, match="resize them alike"):
+        ImageData.from_splits(TRAIN, (IMAGES[:, :16], LABELS))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,29 +12,40 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from labkit.classify.checkpoint import CheckpointStore
+from labkit.classify.checkpoint import RunFolder
 from labkit.classify.config import AugmentConfig, TrainConfig
-from labkit.classify.data import ImageData
+from labkit.classify.data import ImageData, Split, train_val_split
+from labkit.classify.evaluate import evaluate
 from labkit.classify.fit import fit
-from labkit.classify.run import load_run
-from labkit.classify.trainer import Trainer, check_health, try_compile
-from labkit.runtime import InputError, Precision, TrainingError
+from labkit.classify.run import Run, load_run
+from labkit.classify.trainer import (
+    Callback,
+    TensorBoard,
+    Trainer,
+    TrainState,
+    check_health,
+    try_compile,
+)
+from labkit.runtime import InputError, Precision, TrainingError, use_seed
 
 FP32 = Precision(autocast_dtype=None, scale_loss=False)
 
 
 def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
-    ours, theirs = left.state_dict(), right.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    first, second = left.state_dict(), right.state_dict()
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) -> None:
@@ -41,7 +53,7 @@ def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) ->
         data="squares",
         image_size=16,
         model="vit",
-        model_options={"patch": 4, "width": 16, "depth": 1, "heads": 2},
+        model_options={"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
         epochs=2,
         batch_size=50,
         decay_all=True,
@@ -50,10 +62,10 @@ def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) ->
     run = fit(config, data=squares)
 
     torch.manual_seed(config.seed)
-    from labkit.classify.models import build_model
+    from labkit.classify.models import create_model
     from labkit.rng import permutation
 
-    model = build_model("vit", classes=3, image_size=16, **config.model_options)
+    model = create_model("vit", num_classes=3, image_size=16, **config.model_options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
     mean = torch.tensor(config.mean).view(1, 3, 1, 1)
@@ -72,8 +84,8 @@ def test_a_plain_configuration_equals_a_hand_written_loop(squares: ImageData) ->
             losses.append(loss.item() * len(indices))
         assert run.history[epoch]["train_loss"] == pytest.approx(sum(losses) / 120, rel=1e-5)
         scheduler.step()
-    for ours, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for first, second in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
 def test_training_learns_and_leaves_every_promised_file(
@@ -112,7 +124,7 @@ def test_a_saved_run_loads_with_the_same_weights_and_metrics(
     loaded = load_run(tmp_path, data=squares)
     assert_same_weights(loaded.model, run.model)
     assert loaded.metrics.accuracy == run.metrics.accuracy
-    np.testing.assert_allclose(loaded.probabilities, run.probabilities, atol=1e-6)
+    np.testing.assert_allclose(loaded.metrics.probabilities, run.metrics.probabilities, atol=1e-6)
     assert loaded.to_json().keys() == run.to_json().keys()
 
 
@@ -152,12 +164,12 @@ def test_resume_is_bit_exact_mid_epoch(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", interrupted_step)
         fit(config, data=squares, out=tmp_path, save_every=0)
-    assert CheckpointStore(tmp_path / "checkpoints").generations()[0].name == "step-6"
+    assert generations(tmp_path)[0].name == "step-6"
     resumed = fit(config, data=squares, out=tmp_path, resume=True)
     assert_same_weights(resumed.model, whole.model)
-    for ours, theirs in zip(resumed.history, whole.history, strict=True):
-        assert ours["train_loss"] == theirs["train_loss"]
-        assert ours["train_accuracy"] == theirs["train_accuracy"]
+    for first, second in zip(resumed.history, whole.history, strict=True):
+        assert first["train_loss"] == second["train_loss"]
+        assert first["train_accuracy"] == second["train_accuracy"]
 
 
 SCRIPT = """
@@ -170,7 +182,7 @@ SCRIPT = """
 
     data = ImageData(
         train=coloured_squares(120, 0), test=coloured_squares(60, 1),
-        classes=("red", "green", "blue"), source="squares", name="squares", fingerprint="s",
+        source="squares", name="squares", fingerprint="s",
     )
     config = TrainConfig.from_json(json.loads(sys.argv[1]))
     run = fit(config, data=data, out=sys.argv[2], resume=True, device="cpu", save_every=0)
@@ -187,8 +199,12 @@ def command(config: TrainConfig, folder: Path) -> list[str]:
     ]
 
 
-def newest_step(store: CheckpointStore) -> int:
-    return max((int(g.name.removeprefix("step-")) for g in store.generations()), default=0)
+def generations(folder: Path) -> list[Path]:
+    return RunFolder(folder, TrainConfig(), "").generations()
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in generations(folder)), default=0)
 
 
 @pytest.mark.slow
@@ -198,16 +214,15 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one
     config = dataclasses.replace(tiny_config, epochs=40)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(command(config, killed), stderr=subprocess.DEVNULL)
-    store = CheckpointStore(killed / "checkpoints")
     deadline = time.monotonic() + 120
     try:
-        while newest_step(store) < 10:
+        while newest_step(killed) < 10:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
-    assert 10 <= newest_step(store) < 160 and not (killed / "metrics.json").exists()
+    assert 10 <= newest_step(killed) < 160 and not (killed / "metrics.json").exists()
     for folder in (killed, whole):
         subprocess.run(command(config, folder), check=True, stderr=subprocess.DEVNULL)
     from safetensors.torch import load_file
@@ -219,7 +234,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one
 
 @pytest.mark.slow
 def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    options = {"patch": 4, "width": 16, "depth": 2, "heads": 2}
+    options = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     config = dataclasses.replace(tiny_config, model_options=options, batch_size=50)
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -238,8 +253,8 @@ def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> N
         for name in ("one", "two")
     )
     assert len(one) == len(two) == config.epochs
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+    for first, second in zip(one, two, strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], abs=1e-4)
 
 
 def test_an_interrupt_finishes_the_step_saves_and_stops(
@@ -251,7 +266,7 @@ def test_an_interrupt_finishes_the_step_saves_and_stops(
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         fit(config, data=squares, out=tmp_path)
-    assert len(CheckpointStore(tmp_path / "checkpoints").generations()) == 1
+    assert len(generations(tmp_path)) == 1
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -293,7 +308,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     with pytest.raises(InputError, match=r"epochs: 1 -> 3"):
         fit(tiny_config, data=squares, out=tmp_path, resume=True)
     other = dataclasses.replace(squares, fingerprint="other")
-    with pytest.raises(InputError, match="pictures"):
+    with pytest.raises(InputError, match="images"):
         fit(dataclasses.replace(tiny_config, epochs=1), data=other, out=tmp_path, resume=True)
 
 
@@ -301,27 +316,23 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     squares: ImageData, tiny_config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = fit(tiny_config, data=squares, out=tmp_path, save_every=0)
-    newest = CheckpointStore(tmp_path / "checkpoints").generations()[0]
-    content = (newest / "tensors.safetensors").read_bytes()
-    (newest / "tensors.safetensors").write_bytes(content[: len(content) // 2])
+    newest = generations(tmp_path)[0]
+    content = (newest / "state.pt").read_bytes()
+    (newest / "state.pt").write_bytes(content[: len(content) // 2])
     with caplog.at_level(logging.WARNING):
         again = fit(tiny_config, data=squares, out=tmp_path, resume=True)
     assert "damaged" in caplog.text
     assert_same_weights(again.model, whole.model)
 
 
-def test_the_best_validation_epoch_counts_when_pictures_are_held_out(
+def test_the_best_validation_epoch_counts_when_there_is_a_validation_split(
     squares: ImageData, tiny_config: TrainConfig
 ) -> None:
-    run = fit(dataclasses.replace(tiny_config, hold_out=30, epochs=4), data=squares)
+    run = fit(dataclasses.replace(tiny_config, val_size=30, epochs=4), data=squares)
     best = max(row["validation_accuracy"] for row in run.history)
-    assert run.facts["training_pictures"] == 90
-    from labkit.classify.data import hold_out
-    from labkit.classify.run import evaluate
-
-    _, validation = hold_out(squares.train, 30)
-    metrics, _ = evaluate(run.model, dataclasses.replace(squares, test=validation))
-    assert metrics.accuracy == pytest.approx(best)
+    assert run.facts["training_images"] == 90
+    _, validation = train_val_split(squares.train, 30)
+    assert evaluate(run.model, validation).accuracy == pytest.approx(best)
 
 
 def test_a_non_finite_loss_stops_the_run_and_says_so(
@@ -369,3 +380,298 @@ def test_a_failing_compiler_is_a_warning_and_the_plain_model(
         assert try_compile(model, 4, torch.device("cpu"), FP32) is model
     assert "no compiler" in caplog.text
     assert model.training and model[1].weight.grad is None
+
+
+def test_a_process_that_is_not_the_main_one_has_the_folder_but_does_not_write(
+    squares: ImageData,
+    tiny_config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    calls: list[str] = []
+    config = dataclasses.replace(tiny_config, epochs=1)
+    folder = tmp_path / "run"
+    run = fit(config, data=squares, out=folder, callbacks=[Recorder(calls)])
+    assert run.folder == folder
+    assert not folder.exists() and not calls
+
+
+class Recorder(Callback):
+    """Notes the names of the calls, and what the state holds then."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_begin(self, state: TrainState) -> None:
+        self.calls.append("begin")
+
+    def on_step_end(self, state: TrainState) -> None:
+        self.calls.append("step")
+
+    def on_epoch_end(self, state: TrainState) -> None:
+        self.calls.append("epoch")
+        assert state.history[-1]["epoch"] == state.epoch
+        assert isinstance(state.model, nn.Module)
+        self.rows.append(state.history[-1])
+
+    def on_train_end(self, state: TrainState) -> None:
+        self.calls.append("end")
+
+
+def test_callbacks_are_called_in_order(squares: ImageData, tiny_config: TrainConfig) -> None:
+    recorder = Recorder([])
+    run = fit(dataclasses.replace(tiny_config, epochs=2), data=squares, callbacks=[recorder])
+    epoch = ["step"] * 4 + ["epoch"]
+    assert recorder.calls == ["begin", *epoch, *epoch, "end"]
+    assert recorder.rows == list(run.history)
+
+
+def test_a_failing_callback_ends_training_after_the_history_is_written(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    class Failing(Callback):
+        def on_epoch_end(self, state: TrainState) -> None:
+            raise RuntimeError("disk of the logger")
+
+    recorder = Recorder([])
+    with pytest.raises(RuntimeError, match="disk of the logger"):
+        fit(tiny_config, data=squares, out=tmp_path, callbacks=[recorder, Failing()])
+    assert recorder.calls[-1] == "end"
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+
+
+class FakeWriter:
+    """Stands for `torch.utils.tensorboard.SummaryWriter`."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.scalars: list[tuple[str, float, int]] = []
+        self.closed = False
+        writers.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def flush(self) -> None:
+        assert not self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+writers: list[FakeWriter] = []
+
+
+def test_tensorboard_gets_every_number_of_every_epoch(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = fit(
+        dataclasses.replace(tiny_config, epochs=2),
+        data=squares,
+        callbacks=[TensorBoard(tmp_path / "logs")],
+    )
+    writer = writers.pop()
+    assert writer.folder == str(tmp_path / "logs") and writer.closed
+    expected = [
+        (name, value, row["epoch"])
+        for row in run.history
+        for name, value in row.items()
+        if name != "epoch"
+    ]
+    assert writer.scalars == expected
+
+
+def test_a_missing_tensorboard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        TensorBoard()
+
+
+def test_tensorboard_itself_reads_what_was_written(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    fit(dataclasses.replace(tiny_config, epochs=1), data=squares, callbacks=[TensorBoard(tmp_path)])
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+# ---------------------------------------------------------------- things of one's own
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.features(images).mean((2, 3))))
+
+
+def own_network(num_classes: int = 3) -> OwnNetwork:
+    with use_seed(0):
+        return OwnNetwork(num_classes)
+
+
+class OwnDataset:
+    """A data set as torchvision has them."""
+
+    classes = ("red", "green", "blue")
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self._split.images[index]), int(self._split.labels[index])
+
+
+def own_transform(image: Image.Image) -> torch.Tensor:
+    """Draws from all three generators."""
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.asarray(image, np.float32) / 255 * np.random.uniform(0.8, 1.0)
+    pixels = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
+    return (pixels + 0.02 * torch.rand(3, 1, 1)).clamp(0, 1)
+
+
+OWN = TrainConfig(epochs=4, batch_size=32, schedule="one-cycle", warmup_epochs=1, seed=5)
+
+
+def fit_own(squares: ImageData, **options: Any) -> Run:
+    settings: dict[str, Any] = {
+        "model": own_network(),
+        "train": OwnDataset(squares.train),
+        "test": (squares.test.images, squares.test.labels),
+        "transform": own_transform,
+        "optimizer": lambda parameters: torch.optim.RMSprop(parameters, lr=0.02),
+    }
+    return fit(OWN, **{**settings, **options})
+
+
+def test_own_network_data_transform_and_optimizer_are_trained(
+    squares: ImageData, tmp_path: Path
+) -> None:
+    model = own_network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = fit_own(squares, model=model, out=tmp_path)
+    assert run.model is model and not torch.equal(before["head.weight"], model.head.weight)
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+    assert run.metrics.accuracy > 0.8 and run.metrics.classes == ("red", "green", "blue")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    custom = {"model": "custom", "data": "custom", "optimizer": "custom", "image_size": 16}
+    assert {name: saved[name] for name in custom} == custom
+    assert saved["augment"] == AugmentConfig().__dict__
+    peak = max(row["learning_rate"] for row in run.history)
+    assert 0.005 < peak <= 0.02
+
+
+def test_a_run_of_own_things_resumes_bit_for_bit(
+    squares: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit_own(squares)
+    steps, step = iter(range(100)), Trainer.step
+
+    def interrupted_step(self: Trainer, *arguments: Any) -> None:
+        if next(steps) == 6:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", interrupted_step)
+        fit_own(squares, out=tmp_path, save_every=0)
+    random.seed(77), np.random.seed(77), torch.manual_seed(77)
+    resumed = fit_own(squares, out=tmp_path, resume=True)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_a_run_of_own_things_is_loaded_with_them(squares: ImageData, tmp_path: Path) -> None:
+    run = fit_own(squares, out=tmp_path)
+    data = ImageData.from_splits(OwnDataset(squares.train), OwnDataset(squares.test))
+    loaded = load_run(tmp_path, data=data, model=OwnNetwork())
+    assert_same_weights(loaded.model, run.model)
+    assert loaded.metrics.accuracy == run.metrics.accuracy
+    with pytest.raises(InputError, match=r"pass data=labkit\.ImageData\.from_splits"):
+        load_run(tmp_path, model=OwnNetwork())
+    with pytest.raises(InputError, match="pass model="):
+        load_run(tmp_path, data=data)
+    with pytest.raises(InputError, match="do not fit the model"):
+        load_run(tmp_path, data=data, model=OwnNetwork(4))
+
+
+def test_an_optimizer_over_the_parameters_keeps_the_peaks_of_its_groups(squares: ImageData) -> None:
+    model = own_network()
+    groups = [
+        {"params": model.features.parameters(), "lr": 0.001},
+        {"params": model.head.parameters()},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    rates: list[list[float]] = []
+
+    class Rates(Callback):
+        def on_step_end(self, state: TrainState) -> None:
+            rates.append([group["lr"] for group in state.optimizer.param_groups])
+
+    fit_own(squares, model=model, optimizer=optimizer, callbacks=[Rates()])
+    for low, high in rates:
+        assert low == pytest.approx(high / 100)
+    assert max(high for _, high in rates) == pytest.approx(0.1, rel=0.05)
+    rates.clear()
+    fit_own(squares, model=model, optimizer=optimizer, callbacks=[Rates()])
+    assert max(high for _, high in rates) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test": None}, "train and test belong together"),
+        (
+            {"model": own_network(5)},
+            r"give logits \(2, 3\) for 2 images and 3 classes, got \(2, 5\)",
+        ),
+        ({"model": nn.Linear(4, 3)}, r"cannot classify images of shape \(2, 3, 16, 16\)"),
+        ({"model": nn.Identity()}, r"got \(2, 3, 16, 16\)"),
+        ({"optimizer": torch.optim.SGD(own_network().parameters())}, "not of the model"),
+        ({"transform": lambda image: torch.full((3, 16, 16), 1.5)}, "leave out Normalize"),
+        (
+            {"transform": lambda image: image.resize((8, 8))},
+            r"must give \(3, 16, 16\).*got \(3, 8, 8\)",
+        ),
+    ],
+)
+def test_own_things_that_do_not_fit_are_refused(
+    squares: ImageData, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        fit_own(squares, **options)
+
+
+def test_data_and_train_are_not_both_given(squares: ImageData) -> None:
+    with pytest.raises(InputError, match="not both"):
+        fit_own(squares, data=squares)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("data", "give train and test"), ("model", "give model"), ("optimizer", "give it")],
+)
+def test_a_recipe_of_own_things_asks_for_them(
+    squares: ImageData, tiny_config: TrainConfig, name: str, message: str
+) -> None:
+    config = dataclasses.replace(tiny_config, **{name: "custom"})
+    with pytest.raises(InputError, match=message):
+        fit(config, data=None if name == "data" else squares)
+
+
+def test_images_that_are_not_square_are_refused(squares: ImageData) -> None:
+    images, labels = squares.train.images[:, :12], squares.train.labels
+    with pytest.raises(InputError, match="must be square, got 12 x 16"):
+        fit_own(squares, train=(images, labels), test=(images, labels))

@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix as sklearn_confusion
-from sklearn.metrics import log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import log_loss, precision_recall_fscore_support
 
 from labkit.classify import metrics
 from labkit.classify.metrics import Metrics
@@ -35,10 +35,13 @@ def random_case(seed: int, rows: int = 400) -> Case:
 
 @pytest.mark.parametrize("correct, total", [(0, 7), (7, 7), (1, 1), (3, 10), (9612, 10000)])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
-def test_accuracy_interval_matches_scipy(correct: int, total: int, level: float) -> None:
-    expected = binomtest(correct, total).proportion_ci(level, method="wilson")
-    low, high = metrics.accuracy_interval(correct, total, level)
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+def test_accuracy_interval_is_wilsons_formula(correct: int, total: int, level: float) -> None:
+    z, share = NormalDist().inv_cdf(0.5 + level / 2), correct / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    low, high = metrics.compute_accuracy_interval(correct, total, level)
+    assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
     assert 0.0 <= low <= correct / total <= high <= 1.0
 
 
@@ -49,7 +52,7 @@ def test_accuracy_interval_rejects_impossible_counts(
     correct: int, total: int, level: float
 ) -> None:
     with pytest.raises(InputError):
-        metrics.accuracy_interval(correct, total, level)
+        metrics.compute_accuracy_interval(correct, total, level)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -57,12 +60,12 @@ def test_confusion_and_class_scores_match_sklearn(seed: int) -> None:
     table, labels = random_case(seed, rows=60)
     table[:, 4] = 0.0  # a class that is never predicted
     labels[labels == 3] = 2  # and one that never occurs
-    said = table.argmax(axis=1)
-    confusion = metrics.confusion_matrix(labels, said, 5)
+    predicted = table.argmax(axis=1)
+    confusion = metrics.compute_confusion_matrix(labels, predicted, 5)
     assert confusion.dtype == np.int64
-    np.testing.assert_array_equal(confusion, sklearn_confusion(labels, said, labels=range(5)))
-    rows = metrics.class_scores(confusion, CLASSES)
-    expected = precision_recall_fscore_support(labels, said, labels=range(5), zero_division=0)
+    np.testing.assert_array_equal(confusion, sklearn_confusion(labels, predicted, labels=range(5)))
+    rows = metrics.compute_class_scores(confusion, CLASSES)
+    expected = precision_recall_fscore_support(labels, predicted, labels=range(5), zero_division=0)
     for row, (precision, recall, f1, support) in zip(rows, np.transpose(expected), strict=True):
         assert (row.precision, row.recall, row.f1) == pytest.approx((precision, recall, f1))
         assert row.support == support
@@ -70,18 +73,18 @@ def test_confusion_and_class_scores_match_sklearn(seed: int) -> None:
 
 
 def test_confusion_rows_are_true_classes() -> None:
-    assert metrics.confusion_matrix([0, 0, 1], [1, 1, 1], 2).tolist() == [[0, 2], [0, 1]]
+    assert metrics.compute_confusion_matrix([0, 0, 1], [1, 1, 1], 2).tolist() == [[0, 2], [0, 1]]
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [0.0, 1.0], [0]])
 def test_confusion_rejects_labels_outside_the_classes(labels: list[float]) -> None:
     with pytest.raises(InputError):
-        metrics.confusion_matrix(labels, [0, 1], 2)
+        metrics.compute_confusion_matrix(labels, [0, 1], 2)
 
 
 def test_class_scores_rejects_a_matrix_of_another_size() -> None:
     with pytest.raises(InputError, match="2 × 2"):
-        metrics.class_scores(np.eye(3, dtype=np.int64), ("cat", "dog"))
+        metrics.compute_class_scores(np.eye(3, dtype=np.int64), ("cat", "dog"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -90,14 +93,13 @@ def test_calibration_error_matches_torchmetrics(seed: int, bins: int) -> None:
     table, labels = random_case(seed)
     reference = MulticlassCalibrationError(len(CLASSES), n_bins=bins, norm="l1")
     expected = reference(torch.from_numpy(table), torch.from_numpy(labels)).item()
-    assert metrics.expected_calibration_error(table, labels, bins) == pytest.approx(
-        expected, abs=1e-6
-    )
+    found = metrics.compute_calibration_error(metrics.compute_reliability(table, labels, bins))
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_reliability_bins_are_closed_above_and_empty_ones_left_out() -> None:
     table = [[0.5, 0.5], [0.75, 0.25], [0.8, 0.2], [0.0, 1.0]]
-    bins = metrics.reliability(table, [0, 1, 0, 1], bins=4)
+    bins = metrics.compute_reliability(table, [0, 1, 0, 1], bins=4)
     assert [(row.low, row.high, row.count) for row in bins] == [
         (0.25, 0.5, 1),
         (0.5, 0.75, 1),
@@ -105,49 +107,33 @@ def test_reliability_bins_are_closed_above_and_empty_ones_left_out() -> None:
     ]
     assert [row.accuracy for row in bins] == [1.0, 0.0, 1.0]
     assert [row.confidence for row in bins] == pytest.approx([0.5, 0.75, 0.9])
-    assert metrics.expected_calibration_error(table, [0, 1, 0, 1], bins=4) == pytest.approx(
-        (0.5 + 0.75 + 2 * 0.1) / 4
-    )
+    assert metrics.compute_calibration_error(bins) == pytest.approx((0.5 + 0.75 + 2 * 0.1) / 4)
 
 
 def test_confidence_rounded_above_one_falls_into_the_last_bin() -> None:
-    (only,) = metrics.reliability([[1.0000002, 0.0]], [0], bins=10)
+    (only,) = metrics.compute_reliability([[1.0000002, 0.0]], [0], bins=10)
     assert (only.high, only.count) == (1.0, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_likelihood_and_top_k_match_sklearn(seed: int) -> None:
+def test_likelihood_matches_sklearn(seed: int) -> None:
     table, labels = random_case(seed)
-    likelihood = metrics.negative_log_likelihood(table, labels)
+    likelihood = metrics.compute_nll(table, labels)
     assert likelihood == pytest.approx(log_loss(labels, table, labels=range(5)))
-    for k in (1, 2, 4):
-        expected = top_k_accuracy_score(labels, table, k=k, labels=range(5))
-        assert metrics.top_k_accuracy(table, labels, k) == pytest.approx(expected)
-    assert metrics.top_k_accuracy(table, labels, 5) == 1.0
 
 
 def test_likelihood_of_the_impossible_is_finite() -> None:
-    assert math.isfinite(metrics.negative_log_likelihood([[1.0, 0.0]], [1]))
-
-
-def test_ties_count_for_the_first_class_as_in_argmax() -> None:
-    assert metrics.top_k_accuracy([[0.5, 0.5], [0.5, 0.5]], [0, 1], 1) == 0.5
-
-
-@pytest.mark.parametrize("k", [0, 3])
-def test_top_k_rejects_more_or_less_than_the_classes(k: int) -> None:
-    with pytest.raises(InputError, match="k must"):
-        metrics.top_k_accuracy([[0.5, 0.5]], [0], k)
+    assert math.isfinite(metrics.compute_nll([[1.0, 0.0]], [1]))
 
 
 def test_confident_mistakes_come_most_confident_first() -> None:
     table = [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.05, 0.95], [0.6, 0.4]]
     labels = [0, 0, 0, 0, 1]
-    assert metrics.confident_mistakes(table, labels, 2).tolist() == [3, 1]
-    assert metrics.confident_mistakes(table, labels, 9).tolist() == [3, 1, 2, 4]
-    assert metrics.confident_mistakes(table, [0, 1, 1, 1, 0], 9).tolist() == []
+    assert metrics.find_confident_mistakes(table, labels, 2).tolist() == [3, 1]
+    assert metrics.find_confident_mistakes(table, labels, 9).tolist() == [3, 1, 2, 4]
+    assert metrics.find_confident_mistakes(table, [0, 1, 1, 1, 0], 9).tolist() == []
     with pytest.raises(InputError, match="count"):
-        metrics.confident_mistakes(table, labels, 0)
+        metrics.find_confident_mistakes(table, labels, 0)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +152,7 @@ def test_what_is_no_probability_or_label_is_rejected(
     table: list[list[float]], labels: list[int], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        metrics.negative_log_likelihood(table, np.array(labels, dtype=np.int64))
+        metrics.compute_nll(table, np.array(labels, dtype=np.int64))
 
 
 def test_metrics_hold_what_the_functions_say() -> None:
@@ -175,12 +161,13 @@ def test_metrics_hold_what_the_functions_say() -> None:
     found = Metrics.from_probabilities(table, labels, CLASSES, averaged)
     correct = int((table.argmax(axis=1) == labels).sum())
     assert found.accuracy == correct / 400
-    assert found.accuracy_interval == metrics.accuracy_interval(correct, 400)
+    assert found.accuracy_interval == metrics.compute_accuracy_interval(correct, 400)
     assert found.accuracy_tta == np.mean(averaged.argmax(axis=1) == labels)
-    assert found.nll == metrics.negative_log_likelihood(table, labels)
-    assert found.ece == metrics.expected_calibration_error(table, labels)
+    assert found.nll == metrics.compute_nll(table, labels)
+    assert found.ece == metrics.compute_calibration_error(found.reliability)
     assert np.trace(found.confusion) == correct
     assert sum(row.support for row in found.per_class) == 400
+    np.testing.assert_allclose(found.probabilities, table, rtol=1e-6)
     assert sum(row.count for row in found.reliability) == 400
 
 

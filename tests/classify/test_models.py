@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from labkit.classify.models import build_model, has_attention
+from labkit.classify.models import create_model, list_models
+from labkit.classify.vit import has_attention
 from labkit.runtime import InputError, SourceError, use_seed
 from tests.loopback import LoopbackHub
 
@@ -29,21 +30,21 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def finetune(**options: Any) -> Any:
-    return build_model("vit-finetune", backbone="test_vit", pretrained=False, **options)
+    return create_model("vit-finetune", backbone="test_vit", pretrained=False, **options)
 
 
 def test_resnet18_is_timms_with_the_same_random_numbers() -> None:
     with use_seed(3):
         expected = timm.create_model("resnet18", num_classes=4).state_dict()
     with use_seed(3):
-        found = build_model("resnet18", classes=4).state_dict()
+        found = create_model("resnet18", num_classes=4).state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_the_cifar_stem_changes_the_stem_alone_and_keeps_the_resolution(images: Tensor) -> None:
-    small: Any = build_model("resnet18-3x3", classes=4).eval()
-    plain = build_model("resnet18", classes=4).state_dict()
+    small: Any = create_model("resnet18-3x3", num_classes=4).eval()
+    plain = create_model("resnet18", num_classes=4).state_dict()
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
     assert shapes.pop("conv1.weight") == (64, 3, 3, 3)
     assert shapes == {name: t.shape for name, t in plain.items() if name != "conv1.weight"}
@@ -56,7 +57,7 @@ def test_the_cifar_stem_changes_the_stem_alone_and_keeps_the_resolution(images: 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("vit", {"width": 16, "depth": 1, "heads": 2}),
+        ("vit", {"embed_dim": 16, "depth": 1, "num_heads": 2}),
         ("speed", {"widths": (4, 4, 4)}),
         ("test_resnet", {}),
         ("test_vit", {}),
@@ -66,20 +67,22 @@ def test_the_cifar_stem_changes_the_stem_alone_and_keeps_the_resolution(images: 
 def test_models_map_small_images_to_logits(
     name: str, options: dict[str, Any], images: Tensor
 ) -> None:
-    model = build_model(name, classes=7, image_size=32, **options)
+    model = create_model(name, num_classes=7, image_size=32, **options)
     assert model(images).shape == (2, 7)
 
 
 def test_a_timm_transformer_of_fixed_size_is_built_for_the_images() -> None:
-    model: Any = build_model("vit_tiny_patch16_224", image_size=48, depth=1)
+    model: Any = create_model("vit_tiny_patch16_224", image_size=48, depth=1)
     assert model.patch_embed.grid_size == (3, 3)
 
 
 def test_image_size_reaches_our_own_networks() -> None:
-    model: Any = build_model("vit", image_size=16, patch=4, width=16, depth=1, heads=2)
+    model: Any = create_model(
+        "vit", image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2
+    )
     assert model.grid == 4
     with pytest.raises(InputError, match="at least 9, got 8"):
-        build_model("speed", image_size=8)
+        create_model("speed", image_size=8)
 
 
 def test_the_backbone_sees_enlarged_images_normalised_its_own_way() -> None:
@@ -96,7 +99,7 @@ def test_the_backbone_sees_enlarged_images_normalised_its_own_way() -> None:
 
 
 def test_finetuning_takes_another_size_and_has_attention(images: Tensor) -> None:
-    model = finetune(classes=4, img_size=48)
+    model = finetune(num_classes=4, img_size=48)
     assert model.adapt(images).shape == (2, 3, 48, 48)
     assert model(images).shape == (2, 4)
     assert has_attention(model)
@@ -111,7 +114,7 @@ def test_pretrained_weights_reach_the_backbone(tmp_path: Path) -> None:
     saved = timm.create_model("test_vit").state_dict()
     torch.save(saved, tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 1000}
-    model: Any = build_model("vit-finetune", backbone="test_vit", pretrained_cfg_overlay=overlay)
+    model: Any = create_model("vit-finetune", backbone="test_vit", pretrained_cfg_overlay=overlay)
     found = model.backbone.state_dict()
     assert found["head.weight"].shape[0] == 10
     assert all(torch.equal(found[n], saved[n]) for n in saved if not n.startswith("head."))
@@ -120,7 +123,7 @@ def test_pretrained_weights_reach_the_backbone(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 def test_weights_that_cannot_be_had_name_the_cause_and_the_remedies() -> None:
     with pytest.raises(SourceError, match=r"'test_vit\.r160_in1k'.*[Oo]ffline.*pretrained=False"):
-        build_model("vit-finetune", backbone="test_vit.r160_in1k")
+        create_model("vit-finetune", backbone="test_vit.r160_in1k")
 
 
 @pytest.mark.parametrize(
@@ -134,14 +137,14 @@ def test_weights_that_cannot_be_had_name_the_cause_and_the_remedies() -> None:
 )
 def test_an_unknown_name_is_answered_with_close_ones(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_model(name)
+        create_model(name)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit", {"hats": 3}, r"model 'vit' has no option \['hats'\]; it has patch, width"),
-        ("speed", {"patch": 3}, "it has widths, head_scale"),
+        ("vit", {"hats": 3}, r"model 'vit' has no option \['hats'\]; it has patch_size, embed_dim"),
+        ("speed", {"patch_size": 3}, "it has widths, head_scale"),
         ("resnet18", {"hats": 3}, "timm cannot build 'resnet18'.*hats.*drop these options"),
         ("vit-finetune", {"backbone": "no_such_vit"}, "'no_such_vit' is unknown"),
         (
@@ -149,7 +152,7 @@ def test_an_unknown_name_is_answered_with_close_ones(name: str, message: str) ->
             {"backbone": "test_resnet", "pretrained": False},
             "no plain Vision Transformer",
         ),
-        ("resnet18", {"classes": 0}, "at least 1, got 0 and 32"),
+        ("resnet18", {"num_classes": 0}, "at least 1, got 0 and 32"),
         ("speed", {"image_size": -1}, "at least 1, got 10 and -1"),
     ],
 )
@@ -157,15 +160,15 @@ def test_options_that_cannot_be_used_are_refused(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        build_model(name, **options)
+        create_model(name, **options)
 
 
 def test_building_leaves_no_trace_in_a_scope_of_its_own() -> None:
     state = torch.get_rng_state()
     with use_seed(0):
-        first: nn.Module = build_model("speed")
+        first: nn.Module = create_model("speed")
     with use_seed(0):
-        second = build_model("speed")
+        second = create_model("speed")
     assert torch.equal(torch.get_rng_state(), state)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -179,9 +182,17 @@ def test_pretrained_weights_come_from_the_hub_into_the_backbone(hub: LoopbackHub
     torch.manual_seed(0)
     published = timm.create_model(name, pretrained=False)
     hub.add(f"timm/{name}", "model.safetensors", save(published.state_dict()))
-    model = build_model("vit-finetune", classes=10)
+    model = create_model("vit-finetune", num_classes=10)
     loaded = model.state_dict()
     for key, value in published.state_dict().items():
         if not key.startswith("head."):
             assert torch.equal(loaded[f"backbone.{key}"], value), key
     assert loaded["backbone.head.weight"].shape == (10, 384)
+
+
+def test_own_names_are_listed_first_and_timms_on_request() -> None:
+    own_names = list_models()
+    assert own_names == ["resnet18", "resnet18-3x3", "vit", "vit-finetune", "speed"]
+    names = list_models(timm=True)
+    assert names[: len(own_names)] == own_names and "vit_small_patch16_224" in names
+    assert len(set(names)) == len(names)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from labkit.classify.config import TrainConfig
-from labkit.classify.models import build_model
-from labkit.classify.optim import build_optimizer, hidden_matrices, lr_at, lr_factor, set_lr
+from labkit.classify.models import create_model
+from labkit.classify.optim import create_optimizer, find_hidden_matrices, lr_at, lr_factor, set_lr
 
 
 class Toy(nn.Module):
@@ -31,8 +31,10 @@ def rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> li
 def test_cosine_per_epoch_is_torchs_cosine_annealing() -> None:
     config = TrainConfig(epochs=7, schedule_per="epoch")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = rates(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7)
-    for epoch, expected in enumerate(theirs):
+    torch_rates = rates(
+        optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7), 7
+    )
+    for epoch, expected in enumerate(torch_rates):
         for step in (0, 3, 9):
             assert lr_at(epoch * 10 + step, 10, config) == pytest.approx(expected, abs=1e-9)
 
@@ -45,8 +47,8 @@ def test_one_cycle_is_torchs_one_cycle() -> None:
     )
     peak = 0.3 * total - 1  # OneCycleLR peaks at this step of total - 1
     for step, expected in enumerate(rates(optimizer, scheduler, total - 1)):
-        ours = lr_factor(step / (total - 1), peak / (total - 1), "one-cycle")
-        assert ours == pytest.approx(expected, abs=1e-6)
+        factor = lr_factor(step / (total - 1), peak / (total - 1), "one-cycle")
+        assert factor == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle"])
@@ -64,7 +66,7 @@ def test_no_warm_up_begins_at_the_peak() -> None:
 
 def test_decay_stays_off_norms_biases_and_positions() -> None:
     model = Toy()
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    optimizer = create_optimizer(model, TrainConfig(weight_decay=0.1))
     decayed = {
         id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
     }
@@ -73,7 +75,7 @@ def test_decay_stays_off_norms_biases_and_positions() -> None:
 
 def test_decay_all_is_one_group_as_plain_adamw_has_it() -> None:
     model = Toy()
-    optimizer = build_optimizer(model, TrainConfig(decay_all=True, weight_decay=0.1))
+    optimizer = create_optimizer(model, TrainConfig(decay_all=True, weight_decay=0.1))
     (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.1
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
@@ -81,7 +83,7 @@ def test_decay_all_is_one_group_as_plain_adamw_has_it() -> None:
 
 def test_batch_norm_biases_get_their_own_rate() -> None:
     model = Toy()
-    optimizer = build_optimizer(
+    optimizer = create_optimizer(
         model, TrainConfig(optimizer="sgd", learning_rate=0.5, norm_bias_lr_scale=64)
     )
     set_lr(optimizer, 0.5)
@@ -90,10 +92,10 @@ def test_batch_norm_biases_get_their_own_rate() -> None:
     assert rate[id(model.head.bias)] == 0.5 * 0.5
 
 
-def test_muon_orthogonalises_hidden_matrices_alone() -> None:
+def test_muon_orthogonalises_find_hidden_matrices_alone() -> None:
     model = Toy()
-    assert hidden_matrices(model) == {id(model.hidden.weight)}
-    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", learning_rate=0.02))
+    assert find_hidden_matrices(model) == {id(model.hidden.weight)}
+    optimizer = create_optimizer(model, TrainConfig(optimizer="muon", learning_rate=0.02))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -107,8 +109,8 @@ def test_muon_orthogonalises_hidden_matrices_alone() -> None:
 
 
 def test_muon_spares_the_embedding_head_and_tables_of_the_vit() -> None:
-    model = build_model("vit", width=16, depth=2, heads=2, relative_bias=True)
-    matrices = hidden_matrices(model)
+    model = create_model("vit", embed_dim=16, depth=2, num_heads=2, relative_bias=True)
+    matrices = find_hidden_matrices(model)
     names = {name for name, p in model.named_parameters() if id(p) in matrices}
     assert len(names) == 8 and all(name.startswith("blocks.") for name in names)
     assert all(

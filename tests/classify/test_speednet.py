@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.classify.speednet import SpeedNet, patch_moments
+from labkit.classify.speednet import SpeedNet, compute_patch_moments
 from labkit.runtime import InputError, use_seed
 
 
@@ -22,7 +22,7 @@ def images() -> Tensor:
 @pytest.fixture
 def net() -> SpeedNet:
     with use_seed(0):
-        return SpeedNet(image_size=12, widths=(8, 16, 16), classes=5)
+        return SpeedNet(image_size=12, widths=(8, 16, 16), num_classes=5)
 
 
 def numpy_patches(images: Tensor) -> np.ndarray:
@@ -43,9 +43,9 @@ def test_whitened_patches_have_identity_covariance(net: SpeedNet, images: Tensor
     np.testing.assert_allclose(responses[12:], -responses[:12], atol=1e-4)
 
 
-def test_patch_moments_equal_numpys_over_several_chunks() -> None:
+def test_compute_patch_moments_equal_numpys_over_several_chunks() -> None:
     images = torch.randn(1101, 3, 3, 3, generator=torch.Generator().manual_seed(0)) + 5
-    mean, covariance = patch_moments(images)
+    mean, covariance = compute_patch_moments(images)
     patches = numpy_patches(images)
     np.testing.assert_allclose(mean.numpy(), patches.mean(0))
     np.testing.assert_allclose(covariance.numpy(), np.cov(patches.T, bias=True), atol=1e-10)
@@ -101,7 +101,7 @@ def test_the_head_scale_multiplies_the_logits(images: Tensor) -> None:
 
 @pytest.mark.parametrize("size", [9, 32, 45])
 def test_any_size_from_the_smallest_on_gives_logits(size: int) -> None:
-    net = SpeedNet(image_size=size, widths=(4, 4, 4), classes=6).eval()
+    net = SpeedNet(image_size=size, widths=(4, 4, 4), num_classes=6).eval()
     assert net(torch.zeros(2, 3, size, size)).shape == (2, 6)
 
 

@@ -9,18 +9,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import Tensor, nn
 
-from labkit.classify.layers import Attention, DropPath, RelativeBias, sinusoids
-from labkit.classify.models import build_model
+from labkit.classify.layers import Attention, RelativeBias, make_sinusoids
+from labkit.classify.models import create_model
 from labkit.classify.vit import (
     AttentionRecord,
     VisionTransformer,
-    attention_rollout,
+    compute_attention_rollout,
     has_attention,
-    rollout,
+    roll_out,
 )
 from labkit.runtime import InputError, use_seed
 
-TINY = {"image_size": 8, "patch": 2, "width": 16, "depth": 2, "heads": 2}
+TINY = {"image_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def tiny(**options: Any) -> VisionTransformer:
@@ -40,42 +40,55 @@ def shake(model: nn.Module) -> None:
 
 
 SHAPES = [
-    pytest.param({"image_size": 32, "patch": 4, "width": 48, "depth": 3, "heads": 3}, {}, id="32"),
     pytest.param(
-        {"image_size": 16, "patch": 2, "width": 32, "depth": 2, "heads": 4, "mlp_ratio": 1.5},
+        {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3},
+        {},
+        id="32",
+    ),
+    pytest.param(
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "mlp_ratio": 1.5,
+        },
         {},
         id="16",
     ),
     pytest.param(
-        {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "layer_scale": 0.3},
-        {"init_values": 0.3},
-        id="layer-scale",
-    ),
-    pytest.param(
-        {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "pool": "mean"},
+        {
+            "image_size": 16,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "pool": "mean",
+        },
         {"class_token": False, "global_pool": "avg", "fc_norm": False},
         id="mean",
     ),
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), SHAPES)
+@pytest.mark.parametrize(("options", "timm_options"), SHAPES)
 def test_logits_and_gradients_equal_those_of_timm(
-    ours: dict[str, Any], theirs: dict[str, Any]
+    options: dict[str, Any], timm_options: dict[str, Any]
 ) -> None:
-    size = ours["image_size"]
+    size = options["image_size"]
     reference = TimmTransformer(
         img_size=size,
-        patch_size=ours["patch"],
-        embed_dim=ours["width"],
-        depth=ours["depth"],
-        num_heads=ours["heads"],
-        mlp_ratio=ours.get("mlp_ratio", 4.0),
+        patch_size=options["patch_size"],
+        embed_dim=options["embed_dim"],
+        depth=options["depth"],
+        num_heads=options["num_heads"],
+        mlp_ratio=options.get("mlp_ratio", 4.0),
         num_classes=7,
-        **theirs,
+        **timm_options,
     ).eval()
     shake(reference)
-    model = VisionTransformer(classes=7, **ours).eval()
+    model = VisionTransformer(num_classes=7, **options).eval()
     model.load_state_dict(reference.state_dict())
     images, labels = noise(4, 3, size, size), torch.arange(4)
 
@@ -99,7 +112,7 @@ def test_recording_attention_computes_what_the_fused_kernel_computes(
     images = noise(3, 3, 8, 8)
     record = model.record_attention(images)
     with torch.no_grad():
-        explicit, fused = model._features(images, []), model._features(images)
+        explicit, fused = model._encode(images, []), model._encode(images)
         pooled = torch.einsum("bt,btc->bc", record.readout, fused)
         torch.testing.assert_close(explicit, fused, atol=1e-5, rtol=0)
         torch.testing.assert_close(model.head(pooled), model(images), atol=1e-5, rtol=0)
@@ -121,7 +134,7 @@ def test_rollout_is_the_matrix_product_of_averaged_attention_and_residual() -> N
     readout = torch.tensor([[1.0, 0, 0, 0, 0]])
     first, second = (0.5 * m[0].numpy().mean(0) + 0.5 * np.eye(5) for m in maps)
     patches = (second @ first)[0, 1:].reshape(2, 2)
-    found = rollout(AttentionRecord(maps, readout, (2, 2)))
+    found = roll_out(AttentionRecord(maps, readout, (2, 2)))
     np.testing.assert_allclose(found[0].numpy(), patches / patches.max(), rtol=1e-5)
 
 
@@ -129,21 +142,21 @@ def test_rollout_weighs_the_rows_by_the_readout() -> None:
     attention = noise(1, 1, 4, 4).softmax(-1)
     readout = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     expected = readout.numpy() @ (0.5 * attention[0, 0].numpy() + 0.5 * np.eye(4))
-    found = rollout(AttentionRecord([attention], readout, (2, 2)))
+    found = roll_out(AttentionRecord([attention], readout, (2, 2)))
     np.testing.assert_allclose(found.numpy().ravel(), expected[0] / expected.max(), rtol=1e-5)
 
 
 def test_rollout_shows_the_patch_that_the_class_token_attends_to() -> None:
     attention = torch.eye(5).expand(1, 1, 5, 5).clone()
     attention[0, 0, 0] = torch.tensor([0, 0, 0, 1.0, 0])
-    found = rollout(AttentionRecord([attention], torch.eye(5)[:1], (2, 2)))
+    found = roll_out(AttentionRecord([attention], torch.eye(5)[:1], (2, 2)))
     assert found.tolist() == [[[0, 0], [1, 0]]]
 
 
 def test_attention_rollout_is_scaled_per_image_and_leaves_the_modes_alone() -> None:
     model = tiny(relative_bias=True, head_dropout=0.5).train()
     model.norm.eval()
-    maps = attention_rollout(model, noise(3, 3, 8, 8))
+    maps = compute_attention_rollout(model, noise(3, 3, 8, 8))
     assert maps.shape == (3, 4, 4)
     assert maps.min() >= 0
     assert maps.amax(dim=(1, 2)).tolist() == [1, 1, 1]
@@ -152,8 +165,12 @@ def test_attention_rollout_is_scaled_per_image_and_leaves_the_modes_alone() -> N
 
 def test_attention_of_a_finetuned_backbone_equals_ours_with_the_same_weights() -> None:
     with use_seed(0):
-        model: Any = build_model("vit-finetune", backbone="test_vit", pretrained=False, img_size=64)
-    twin = VisionTransformer(image_size=64, patch=16, width=64, depth=6, heads=2, mlp_ratio=3)
+        model: Any = create_model(
+            "vit-finetune", backbone="test_vit", pretrained=False, img_size=64
+        )
+    twin = VisionTransformer(
+        image_size=64, patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3
+    )
     twin.load_state_dict(model.backbone.state_dict())
     images = noise(2, 3, 32, 32)
     before = model.eval()(images)
@@ -165,12 +182,12 @@ def test_attention_of_a_finetuned_backbone_equals_ours_with_the_same_weights() -
     fused = [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
     assert fused and all(fused)
     assert torch.equal(model(images), before)
-    assert attention_rollout(model.train(), images).shape == (2, 4, 4)
+    assert compute_attention_rollout(model.train(), images).shape == (2, 4, 4)
     assert model.backbone.blocks[0].training
 
 
 def test_a_mean_pooled_backbone_is_read_out_over_its_patches() -> None:
-    model: Any = build_model(
+    model: Any = create_model(
         "vit-finetune", backbone="test_vit", pretrained=False, img_size=32, global_pool="avg"
     )
     record = model.record_attention(noise(1, 3, 32, 32))
@@ -182,11 +199,11 @@ def test_a_convolutional_network_has_no_attention() -> None:
     assert not has_attention(model)
     assert has_attention(tiny())
     with pytest.raises(InputError, match=r"'vit'.*got Conv2d"):
-        attention_rollout(model, noise(1, 3, 8, 8))
+        compute_attention_rollout(model, noise(1, 3, 8, 8))
 
 
 def test_relative_bias_depends_on_the_offset_and_spares_the_class_token() -> None:
-    bias = RelativeBias(grid=3, heads=2)
+    bias = RelativeBias(grid=3, num_heads=2)
     found = bias(prefix=1).detach()
     expected = torch.zeros(2, 10, 10)
     for i in range(9):
@@ -203,11 +220,13 @@ def test_sequence_pooling_is_a_softmax_weighted_mean() -> None:
     weight, bias = model.state_dict()["token_score.weight"], model.state_dict()["token_score.bias"]
     scores = np.exp(tokens.numpy() @ weight.numpy()[0] + bias.numpy())
     expected = (tokens.numpy() * (scores / scores.sum(1, keepdims=True))[:, :, None]).sum(1)
-    np.testing.assert_allclose(model._pooled(tokens).detach().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(model._pool_tokens(tokens).detach().numpy(), expected, atol=1e-6)
 
 
 def test_convolutional_tokens_keep_the_grid_of_the_patches() -> None:
-    model = VisionTransformer(tokens="conv", patch=2, width=16, depth=1, heads=2, pool="mean")
+    model = VisionTransformer(
+        tokens="conv", patch_size=2, embed_dim=16, depth=1, num_heads=2, pool="mean"
+    )
     images = noise(1, 3, 32, 32)
     assert model.patch_embed(images).shape == (1, 256, 16)
     moved = images.clone()
@@ -216,33 +235,16 @@ def test_convolutional_tokens_keep_the_grid_of_the_patches() -> None:
     assert changed.nonzero().flatten().tolist() == [255]
 
 
-def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
-    layer, branch = DropPath(0.25), torch.ones(4000, 2, 3)
-    with use_seed(0):
-        thinned = layer.train()(branch)
-    per_image = thinned.flatten(1)
-    assert torch.equal(per_image, per_image[:, :1].expand(-1, 6))
-    torch.testing.assert_close(thinned.unique(), torch.tensor([0, 4 / 3]))
-    assert abs(thinned.mean() - 1) < 0.05
-    assert torch.equal(layer.eval()(branch), branch)
-
-
 def test_drop_path_rises_linearly_to_its_rate() -> None:
-    model = tiny(depth=3, drop_path=0.2)
-    assert [m.rate for m in model.modules() if isinstance(m, DropPath)] == [0, 0.1, 0.2]
-
-
-def test_zero_gains_make_every_block_the_identity() -> None:
-    model = tiny(layer_scale=0.0, pool="mean")
-    images = noise(2, 3, 8, 8)
-    expected = model.norm(model.patch_embed(images) + model.pos_embed).mean(1)
-    torch.testing.assert_close(model(images), model.head(expected))
+    model = tiny(depth=3, drop_path_rate=0.2)
+    rates = [getattr(block.drop_path, "drop_prob", 0) for block in model.blocks]
+    assert rates == [0, 0.1, 0.2]
 
 
 def test_mimetic_projection_is_near_the_negative_identity() -> None:
-    attention = Attention(width=64, heads=1, grid=2, relative_bias=False)
+    attention = Attention(embed_dim=64, num_heads=1, grid=2, relative_bias=False)
     with use_seed(0):
-        attention.mimetic_()
+        attention.init_mimetic_()
     query, key, value = (part.T for part in attention.qkv.weight.detach().chunk(3))
     products = {0.7: query @ key.T, -0.4: value @ attention.proj.weight.detach().T}
     for identity, product in products.items():
@@ -253,9 +255,9 @@ def test_mimetic_projection_is_near_the_negative_identity() -> None:
 
 
 def test_mimetic_heads_share_a_balanced_product_of_their_rank() -> None:
-    attention = Attention(width=32, heads=4, grid=2, relative_bias=False)
+    attention = Attention(embed_dim=32, num_heads=4, grid=2, relative_bias=False)
     with use_seed(0):
-        attention.mimetic_()
+        attention.init_mimetic_()
     query, key, _ = attention.qkv.weight.detach().unflatten(0, (3, 4, 8))
     for head in range(4):
         gram = query[head] @ query[head].T
@@ -273,8 +275,8 @@ def test_mimetic_attention_starts_local() -> None:
     assert abs(own[1].mean() * 16 - 1) < 0.1
 
 
-def test_sinusoids_follow_the_formula() -> None:
-    positions = sinusoids(grid=3, width=8)
+def test_make_sinusoids_follow_the_formula() -> None:
+    positions = make_sinusoids(grid=3, embed_dim=8)
     row, column = 2, 1
     angles = [row, row / 100, column, column / 100]
     expected = [
@@ -291,16 +293,16 @@ def test_same_seed_gives_same_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 3}, "patch must divide image_size.*another patch"),
-        ({"heads": 3}, "heads must divide width.*multiple of heads"),
+        ({"patch_size": 3}, "patch_size must divide image_size.*another patch_size"),
+        ({"num_heads": 3}, "num_heads must divide embed_dim.*multiple of num_heads"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"patch": 0}, "patch must be at least 1"),
+        ({"patch_size": 0}, "patch_size must be at least 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio"),
         ({"pool": "max"}, "pool must be one of cls, mean, sequence, got 'max'"),
         ({"tokens": "word"}, "tokens must be one of patch, conv"),
-        ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1"),
         ({"head_dropout": -0.1}, "head_dropout"),
-        ({"mimetic": True, "width": 18}, "multiple of 4, got 18"),
+        ({"mimetic": True, "embed_dim": 18}, "multiple of 4, got 18"),
     ],
 )
 def test_impossible_shapes_name_the_argument_and_the_remedy(

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from labkit.classify.config import AugmentConfig, TrainConfig
+from labkit.classify.data import ImageData, load_data
+from labkit.classify.fit import fit
+from labkit.classify.run import Run, load_run
+from labkit.runtime import InputError
+
+
+@pytest.fixture(scope="module")
+def run(squares: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A ViT that tells the three colours apart."""
+    config = TrainConfig(
+        data="squares",
+        image_size=16,
+        model="vit",
+        model_options={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        epochs=8,
+        batch_size=32,
+        learning_rate=3e-3,
+        augment=AugmentConfig(flip="random"),
+    )
+    return fit(config, data=squares, out=tmp_path_factory.mktemp("run"))
+
+
+def test_a_file_an_image_and_an_array_are_predicted_alike(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    pixels = squares.test.images[0]
+    Image.fromarray(pixels).save(tmp_path / "square.png")
+    sources = [
+        tmp_path / "square.png",
+        str(tmp_path / "square.png"),
+        Image.fromarray(pixels),
+        pixels,
+    ]
+    probabilities = run.predict_proba(sources)
+    assert probabilities.shape == (4, 3) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, run.metrics.probabilities[:1].repeat(4, 0), atol=1e-6)
+    expected = squares.classes[run.metrics.probabilities[0].argmax()]
+    assert run.predict(sources).tolist() == [expected] * 4
+    assert run.predict(tmp_path / "square.png").tolist() == [expected]
+
+
+def test_an_array_of_images_gives_what_the_evaluation_gave(run: Run, squares: ImageData) -> None:
+    probabilities = run.predict_proba(squares.test.images)
+    np.testing.assert_allclose(probabilities, run.metrics.probabilities, atol=1e-6)
+    names = run.predict(squares.test.images)
+    assert names.shape == (60,)
+    assert np.mean(names == np.array(squares.classes)[squares.test.labels]) == run.metrics.accuracy
+
+
+def test_no_images_give_no_predictions(run: Run) -> None:
+    assert run.predict_proba([]).shape == (0, 3)
+    assert run.predict([]).shape == (0,)
+
+
+def test_a_photograph_is_cut_as_a_folder_of_images_is(run: Run, image_folder: Path) -> None:
+    data = load_data(str(image_folder), image_size=16)
+    path = image_folder / "train" / "ant" / "0.png"
+    np.testing.assert_array_equal(run.predict_proba(path), run.predict_proba(data.train.images[0]))
+
+
+def test_an_image_that_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.png"):
+        run.predict(tmp_path / "gone.png")
+
+
+def test_every_figure_is_a_method(run: Run) -> None:
+    figures = [
+        run.learning_curves(),
+        run.confusion_matrix(),
+        run.calibration(),
+        run.class_scores(),
+        run.mistakes(),
+        run.attention(),
+        run.attention(np.zeros((2, 40, 30, 3), np.uint8)),
+    ]
+    assert all(isinstance(figure, Figure) for figure in figures)
+    assert run.has_attention
+    assert {"Learning curves", "Confusion matrix", "Attention roll-out"} <= run.figures().keys()
+
+
+def test_attention_of_a_network_without_any_is_refused(run: Run) -> None:
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 3))
+    plain = dataclasses.replace(run, model=flat)
+    assert not plain.has_attention
+    with pytest.raises(InputError, match="Sequential"):
+        plain.attention()
+
+
+def test_a_loaded_run_is_measured_in_its_own_precision(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, precision="bf16", epochs=1)
+    run = fit(config, data=squares, out=tmp_path, device="cpu")
+    loaded = load_run(tmp_path, data=squares, device="cpu")
+    np.testing.assert_array_equal(loaded.metrics.probabilities, run.metrics.probabilities)
+    images = squares.test.images
+    np.testing.assert_allclose(run.predict_proba(images), run.metrics.probabilities, atol=1e-6)
+
+
+def test_a_run_of_fp16_is_measured_without_a_gpu_in_fp32(
+    run: Run, squares: ImageData, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run.folder is not None
+    path = run.folder / "config.json"
+    text = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(text), "precision": "fp16"}))
+        with caplog.at_level(logging.WARNING):
+            loaded = load_run(run.folder, data=squares, device="cpu")
+    finally:
+        path.write_text(text)
+    assert "fp16" in caplog.text
+    assert loaded.metrics.accuracy == run.metrics.accuracy
+
+
+def test_a_run_saved_by_an_earlier_version_still_loads(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    assert run.folder is not None
+    for name in ("history.jsonl", "model.safetensors"):
+        (tmp_path / name).write_bytes((run.folder / name).read_bytes())
+    config = json.loads((run.folder / "config.json").read_text())
+    config["hold_out"] = config.pop("val_size")
+    config["augment"]["policy"] = config["augment"].pop("auto_augment")
+    config["model_options"] = {"patch": 4, "width": 16, "depth": 2, "heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["training_pictures"] = metrics.pop("training_images")
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    loaded = load_run(tmp_path, data=squares)
+    assert loaded.config == run.config
+    assert loaded.metrics.accuracy == run.metrics.accuracy
+    assert loaded.facts["training_pictures"] == 120
