@@ -240,9 +240,7 @@ class TrainLoader:
             for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.default_generator.manual_seed(
-                    seed
-                )  # torch.manual_seed takes 100 times longer
+                torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed
                 if self._device.type == "cuda":
                     torch.cuda.manual_seed_all(seed)
                 image = transform(Image.fromarray(self._split.images[index]))
