@@ -64,9 +64,9 @@ class OutliningSam2(Sam2):
     def predict(
         self, features: ImageFeatures, prompts: Sequence[Prompt]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """As `Sam2.decode`."""
+        """As `Sam2.predict`."""
         self.prompts += len(prompts)
-        logits, ious = super().decode(features, prompts)
+        logits, ious = super().predict(features, prompts)
         for row, prompt in zip(logits, prompts, strict=True):
             row[:] = prompt.mask_logits
         ious[:] = 1

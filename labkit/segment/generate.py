@@ -173,13 +173,15 @@ def generate_masks(
         for start in range(0, len(points), _POINTS_AT_ONCE):
             part = points[start : start + _POINTS_AT_ONCE]
             logits, ious = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
-            masks = zip(part, logits - thresholds.mask, ious, strict=True)
+            logits -= thresholds.mask
+            masks = zip(part, logits, ious, strict=True)
             attempts += [_select_point_mask(*each, (height, width)) for each in masks]
         prompts = split_instances(
             query.pending, attempts, query.heat, sam2.low_res_size, thresholds.overlap
         )
         logits, ious = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
-        candidates = list(map(select_mask, prompts, logits - thresholds.mask, ious))
+        logits -= thresholds.mask
+        candidates = list(map(select_mask, prompts, logits, ious))
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
     return replace(query, candidates=_keep_supported(query.candidates, query.heat))
 
