@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from labkit.runtime import InputError, LabkitError
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -112,6 +110,7 @@ def segment(
     Of several, one that cannot be read does not stop the others.
     """
     from labkit.images import describe
+    from labkit.runtime import LabkitError
     from labkit.segment.pipeline import TextSegmenter, check_sentences
 
     check_sentences(prompt, not_ or ())
@@ -143,6 +142,7 @@ def segment(
 def _expand_folders(sources: list[str]) -> list[str]:
     """Replace each folder among `sources` by the images in it, sorted."""
     from labkit.images import SUFFIXES
+    from labkit.runtime import InputError
 
     expanded: list[str] = []
     for source in sources:
@@ -214,7 +214,11 @@ def main() -> None:
     """Run the command line; what a user can mend ends in one line, not in a traceback."""
     try:
         app()
-    except LabkitError as error:
+    except Exception as error:
+        from labkit.runtime import LabkitError  # loads torch, which --help does not need
+
+        if not isinstance(error, LabkitError):
+            raise
         print(f"labkit: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

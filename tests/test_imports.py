@@ -163,16 +163,46 @@ def test_importing_labkit_loads_no_heavy_library() -> None:
     heavy += ["PIL", "requests", "huggingface_hub", "scipy", "typer", "sam2", "cv2", "pooch"]
     # Whatever torch itself loads is not labkit's doing.
     code = (
-        "import sys, torch; before = set(sys.modules); import labkit;"
+        "import sys, torch; before = set(sys.modules); from labkit import *;"
         f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
+def test_every_public_name_is_loaded_when_it_is_used_and_listed_before() -> None:
+    names = subprocess.run(
+        [sys.executable, "-c", "import labkit, sys; print(dir(labkit), 'torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(repr(name) in names for name in labkit.__all__) and names.endswith("False\n")
+    assert set(labkit._MODULES) == set(labkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        _ = labkit.fitt
+
+
+def test_help_needs_no_torch_and_comes_at_once() -> None:
+    code = (
+        "import contextlib, sys, time; sys.argv = ['labkit', '--help'];"
+        "from labkit.cli import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "print('torch' in sys.modules, time.process_time())"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    last_lines = [run.stdout.splitlines()[-1].split() for run in runs]
+    assert {loaded for loaded, _ in last_lines} == {"False"}
+    assert min(float(seconds) for _, seconds in last_lines) < 0.7
+    assert all("segment" in run.stdout for run in runs)
+
+
 def test_importing_labkit_costs_at_most_half_a_second_beyond_torch() -> None:
     code = (
-        "import time, torch; start = time.process_time(); import labkit;"
+        "import time, torch; start = time.process_time(); from labkit import *;"
         "print(time.process_time() - start)"
     )
     runs = [
