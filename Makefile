@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: run test lint colab-check clean
+.PHONY: run test lint notebook notebooks address colab-check clean
 
 run: $(READY)
 	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb q2.ipynb
@@ -17,15 +18,27 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# After `make run`: JupyterLab on the two notebooks.
+notebook: $(READY)
+	$(BIN)/jupyter lab .
+
+# The set-up cells carry the text of scripts/find_labkit.py.
+notebooks: $(READY)
+	$(BIN)/python scripts/prepare_notebooks.py
+
+# make address REPO=owner/name writes badges and metadata of a fork.
+address: $(READY)
+	$(BIN)/python scripts/prepare_notebooks.py --repo "$(REPO)"
+
 # A Python 3.13 environment of Colab's versions, with each notebook alone in an empty folder.
 colab-check:
 	$(PYTHON) scripts/colab_check.py
 
 $(READY): requirements.txt constraints.txt pyproject.toml
+	@echo "Setting up $(VENV): up to 6 GB from the package index, mostly the CUDA build of torch; minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
-	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--no-build-isolation --no-deps -c constraints.txt sam2
+	$(PIP) -c constraints.txt setuptools wheel torch
+	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation -r requirements.txt
 	touch $@
 
 clean:

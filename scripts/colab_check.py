@@ -118,7 +118,7 @@ def check(notebook: Path, python: Path) -> list[str]:
                 **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
                 "LABKIT_PROFILE": "demo",
                 "LABKIT_CACHE": str(Path(folder) / "cache"),
-                "LABKIT_SOURCE": f"git+file://{ROOT}",
+                "LABKIT_REPOSITORY": f"file://{ROOT}",
             },
             capture_output=True,
             text=True,

@@ -248,8 +248,8 @@ def check_installed() -> None:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise SourceError(
-            f"segmentation needs {', '.join(missing)}: pip install 'labkit[segment]', then "
-            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
+            f"segmentation needs {', '.join(missing)}: in a clone of labkit, "
+            "pip install '.[segment]', then SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
         )
 
 
