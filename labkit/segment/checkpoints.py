@@ -249,7 +249,8 @@ def check_installed() -> None:
     if missing:
         raise SourceError(
             f"segmentation needs {', '.join(missing)}: in a clone of labkit, "
-            "pip install '.[segment]', then SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
+            "pip install '.[segment]', then "
+            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
         )
 
 
