@@ -8,6 +8,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -287,7 +288,7 @@ def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
         raise SourceError(f"{failed}: the server answered {error.response.status_code}") from error
     except requests.RequestException as error:
         reason = getattr(error.args[0] if error.args else error, "reason", error)
-        text = str(reason).rpartition(">: ")[2]  # without the name of an object of urllib3
+        text = re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", str(reason))  # without an object of urllib3
         cause = f"no connection, or it broke off ({text})"
         if isinstance(error, requests.Timeout) or "timed out" in str(error):
             cause = f"no answer within {timeout:g} s"
