@@ -329,10 +329,21 @@ def download_from_hub(
     Raises:
         SourceError: the hub, the connection, the checksum or the disk failed.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import HfHubHTTPError
 
+    source: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
     try:
-        path = Path(hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
+        if try_to_load_from_cache(repo, filename, **source) is None:
+            # Without a network this fails at once, where hf_hub_download would try for 23 seconds.
+            with contextlib.suppress(HfHubHTTPError):  # the hub answered: worth another try
+                get_hf_file_metadata(hf_hub_url(repo, filename, **source))
+        path = Path(hf_hub_download(repo, filename, **source))
     except Exception as error:  # its own, httpx's, hf_xet's and the system's have no common base
         raise SourceError(
             f"could not download {filename} of {repo}: {find_root_cause(error)}"

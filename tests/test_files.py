@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from labkit.files import (
     write_json,
 )
 from labkit.runtime import InputError, SourceError
+from tests.conftest import hub_at
 from tests.loopback import Fault, LoopbackHub, LoopbackServer
 
 BODY = np.random.default_rng(0).bytes(400_000)
@@ -374,7 +376,7 @@ def test_hub_that_is_down_is_named(hub: LoopbackHub, no_waiting: list[float]) ->
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_html_page_from_the_hub_is_no_data(hub: LoopbackHub, method: str) -> None:
     path = hub.add("lab/model", "weights.bin", BODY, revision=COMMIT)
-    hub.server.fail(path, Fault.HTML_PAGE, method=method)
+    hub.server.fail(path, *[Fault.HTML_PAGE] * 2, method=method)  # whoever asks twice
     with pytest.raises(SourceError, match=r"weights\.bin of lab/model"):
         download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
     got = download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
@@ -389,3 +391,15 @@ def test_stand_in_hub_lists_a_repository(hub: LoopbackHub) -> None:
     api = HfApi(endpoint=hub.server.url)
     assert sorted(api.list_repo_files("lab/model")) == ["config.json", "model.safetensors"]
     assert len(api.model_info("lab/model").sha or "") == 40
+
+
+def test_without_a_network_and_a_cache_the_hub_is_given_up_at_once(tmp_path: Path) -> None:
+    with LoopbackServer() as gone:
+        pass
+    started = time.monotonic()
+    with (
+        hub_at(gone, tmp_path, timeout=10.0),
+        pytest.raises(SourceError, match=r"could not download model\.bin of a/b: .*refused"),
+    ):
+        download_from_hub("a/b", "model.bin", revision="main", digest="sha256:00")
+    assert time.monotonic() - started < 5
