@@ -376,7 +376,8 @@ def test_hub_that_is_down_is_named(hub: LoopbackHub, no_waiting: list[float]) ->
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_html_page_from_the_hub_is_no_data(hub: LoopbackHub, method: str) -> None:
     path = hub.add("lab/model", "weights.bin", BODY, revision=COMMIT)
-    hub.server.fail(path, *[Fault.HTML_PAGE] * 2, method=method)  # whoever asks twice
+    times = 2 if method == "HEAD" else 1  # the head is asked for twice
+    hub.server.fail(path, *[Fault.HTML_PAGE] * times, method=method)
     with pytest.raises(SourceError, match=r"weights\.bin of lab/model"):
         download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
     got = download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
