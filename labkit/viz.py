@@ -9,7 +9,9 @@ reads like mark-up; see `make_drawable`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -383,8 +385,8 @@ def make_drawable(text: str, max_length: int | None = None) -> str:
 
     Args:
         text: any str, lone surrogates included.
-        max_length: the most characters, at least 3; the middle of a longer text becomes an
-            ellipsis. None leaves it as long as it is.
+        max_length: the most characters, at least 3. The middle of a longer text becomes an
+            ellipsis; no stand-in is cut in two. None leaves the text as long as it is.
 
     Example:
         >>> make_drawable("two\nlines of \u732b and \U0001f996")
@@ -394,11 +396,17 @@ def make_drawable(text: str, max_length: int | None = None) -> str:
     """
     fonts = _load_fonts()
     letters = unicodedata.normalize("NFC", text)
-    drawable = "".join(_make_stand_in(letter, fonts) for letter in letters)
-    if max_length is None or len(drawable) <= max_length:
-        return drawable
-    tail = (max_length - 1) // 2
-    return f"{drawable[: max_length - 1 - tail]}…{drawable[-tail:]}"
+    parts = [_make_stand_in(letter, fonts) for letter in letters]
+    if max_length is None or sum(map(len, parts)) <= max_length:
+        return "".join(parts)
+    head = _take_parts(parts, max_length // 2)
+    tail = _take_parts(parts[::-1], (max_length - 1) // 2)[::-1]
+    return "".join([*head, "…", *tail])
+
+
+def _take_parts(parts: Sequence[str], length: int) -> Sequence[str]:
+    """Return the first of `parts`, as many as have at most `length` characters together."""
+    return parts[: bisect.bisect_right(list(itertools.accumulate(map(len, parts))), length)]
 
 
 def _load_fonts() -> list[Any]:

@@ -180,12 +180,24 @@ def test_a_narrow_console_ends_no_command(
     assert outputs[0].errors == outputs[1].errors == "strict"
 
 
-@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252:strict"])
-def test_messages_reach_a_narrow_console_as_one_line(encoding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
+def test_paths_and_messages_reach_a_narrow_console(encoding: str, tmp_path: Path) -> None:
+    cache = str(tmp_path / "猫")
+    done = labkit("doctor", folder=tmp_path, PYTHONIOENCODING=encoding, LABKIT_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    assert r"\u732b" in done.stdout.splitlines()[-1]
     done = labkit("eval", "猫", folder=tmp_path, PYTHONIOENCODING=encoding)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("labkit: ") and r"\u732b" in line
+
+
+@pytest.mark.parametrize("command", ["train", "segment"])
+def test_help_and_usage_reach_a_narrow_console(command: str, tmp_path: Path) -> None:
+    asked = labkit(command, "--help", folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert asked.returncode == 0 and "--device" in asked.stdout
+    wrong = labkit(command, "--猫", folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
 
 
 def test_segment_says_once_that_a_sentence_reads_like_a_list(

@@ -196,6 +196,9 @@ def test_long_names_keep_both_ends() -> None:
     assert viz.make_drawable("0123456789", 10) == "0123456789"
     assert viz.make_drawable("0123456789", 9) == "0123…6789"
     assert viz.make_drawable("0123456789", 3) == "0…9"
+    assert viz.make_drawable("ab猫犬猫cd", 17) == r"ab\u732b…\u732bcd"
+    assert viz.make_drawable("ab猫犬猫cd", 16) == r"ab\u732b…cd"
+    assert viz.make_drawable("猫犬猫犬", 5) == "…"
 
 
 def test_nothing_to_show_is_a_figure_and_no_error() -> None:

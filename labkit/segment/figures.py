@@ -30,7 +30,8 @@ def draw_overlay(segmentation: Segmentation) -> Figure:
     height, width = image.shape[:2]
     figure_width = 6.5 * min(max(width / height, 0.4), 1.0)
     image_height = min(figure_width * height / width, 8.0)
-    lines = textwrap.wrap(_summarize(segmentation), max(20, int(figure_width / CHARACTER)))
+    line_length = max(20, int(figure_width / (CHARACTER * 9 / 8)))  # of 9-point text
+    lines = textwrap.wrap(_summarize(segmentation), line_length)
     figure_height = image_height + 0.25 + 0.17 * len(lines)
     figure = create_figure(figure_width, figure_height, segmentation.note)
     axes = figure.subplots()
