@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,11 +155,10 @@ def _expand_folders(sources: list[str]) -> list[str]:
 
     expanded: list[str] = []
     for source in sources:
-        folder = Path(source)
-        if not folder.is_dir():
+        if not os.path.isdir(source):  # pathlib's own test raises for an address that is long
             expanded.append(source)
             continue
-        visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        visible = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
         inside = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not inside:
             raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")

@@ -375,7 +375,7 @@ def create_figure(width: float, height: float, note: str, pad: float = 0.08) -> 
     return figure
 
 
-def make_drawable(text: str, max_length: int | None = None) -> str:
+def make_drawable(text: object, max_length: int | None = None) -> str:
     r"""Make of any text one line of characters that matplotlib's font has.
 
     White space becomes a space. A symbol that the font lacks, such as an emoji, becomes its
@@ -384,7 +384,7 @@ def make_drawable(text: str, max_length: int | None = None) -> str:
     with `parse_math=False`, so that a dollar sign stays a dollar sign.
 
     Args:
-        text: any str, lone surrogates included.
+        text: any str, lone surrogates included; of anything else its str.
         max_length: the most characters, at least 3. The middle of a longer text becomes an
             ellipsis; no stand-in is cut in two. None leaves the text as long as it is.
 
@@ -395,7 +395,7 @@ def make_drawable(text: str, max_length: int | None = None) -> str:
         'a ve…name'
     """
     fonts = _load_fonts()
-    letters = unicodedata.normalize("NFC", text)
+    letters = unicodedata.normalize("NFC", str(text))
     parts = [_make_stand_in(letter, fonts) for letter in letters]
     if max_length is None or sum(map(len, parts)) <= max_length:
         return "".join(parts)

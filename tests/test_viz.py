@@ -172,6 +172,7 @@ def test_every_figure_is_tried_with_strange_names() -> None:
 def test_stand_ins_say_which_character_is_meant() -> None:
     assert viz.make_drawable("price: $5 {x}_1 \\") == "price: $5 {x}_1 \\"
     assert viz.make_drawable("猫") == r"\u732b"
+    assert viz.make_drawable(7) == "7"
     assert viz.make_drawable("a 🦖\ufe0f") == "a [t-rex]"
     assert viz.make_drawable("caf\udce9 \a") == r"caf\udce9 \x07"
     assert viz.make_drawable("cafe\u0301") == "café"

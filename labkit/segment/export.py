@@ -78,6 +78,12 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
     Args:
         segmentation: of one image.
         name: the file name of the image, which the document keeps as it is.
+
+    Example:
+        >>> from labkit import Segmentation
+        >>> nothing = Segmentation(image=np.zeros((4, 6, 3), np.uint8), sentences=())
+        >>> to_coco(nothing, "photo.jpg")["images"]
+        [{'id': 1, 'file_name': 'photo.jpg', 'width': 6, 'height': 4}]
     """
     sentences = [result.sentence for result in segmentation.sentences]
     height, width = segmentation.image.shape[:2]

@@ -25,7 +25,14 @@ _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#
 
 
 def draw_overlay(segmentation: Segmentation) -> Figure:
-    """Draw the image under every mask, each in its colour and named, and say what is absent."""
+    """Draw the image under every mask, each in its colour and named, and say what is absent.
+
+    Example:
+        >>> from labkit import Segmentation
+        >>> nothing = Segmentation(image=np.zeros((40, 60, 3), np.uint8), sentences=())
+        >>> draw_overlay(nothing).axes[0].get_title(loc="left")
+        'Nothing found'
+    """
     image = _shrink(segmentation.image)
     height, width = image.shape[:2]
     figure_width = 6.5 * min(max(width / height, 0.4), 1.0)

@@ -101,6 +101,12 @@ class Segmentation:
         note: stands on the face of every figure and report; "" for none.
         models: the weights that were used.
         file_name: the real name of the image file; "image" where there is none.
+
+    Example:
+        >>> image = np.zeros((4, 6, 3), np.uint8)
+        >>> found = Segmentation(image=image, sentences=(), file_name="photo.jpg")
+        >>> len(found), found.masks.shape, found.to_coco()["images"][0]["file_name"]
+        (0, (0, 4, 6), 'photo.jpg')
     """
 
     image: NDArray[np.uint8]
