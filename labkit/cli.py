@@ -155,7 +155,7 @@ def _expand_folders(sources: list[str]) -> list[str]:
 
     expanded: list[str] = []
     for source in sources:
-        if not os.path.isdir(source):  # pathlib's own test raises for an address that is long
+        if not os.path.isdir(source):  # pathlib's own test raises for a name that is too long
             expanded.append(source)
             continue
         visible = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
