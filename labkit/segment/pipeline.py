@@ -304,7 +304,8 @@ def split_list(sentence: str) -> list[str]:
         >>> split_list("dog. red ball."), split_list("red ball")
         (['dog', 'red ball'], ['red ball'])
     """
-    parts = (normalize_sentence(part) for part in _SEPARATOR.split(sentence))
+    texts = _SEPARATOR.split(unicodedata.normalize("NFKC", sentence))
+    parts = (normalize_sentence(text) for text in texts)
     return [part for part in parts if part]
 
 

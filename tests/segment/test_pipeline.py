@@ -288,6 +288,7 @@ def test_masks_do_not_depend_on_the_spelling(tiny: TextSegmenter) -> None:
         ("ant, bee", "'ant', 'bee'"),
         ("ant;bee", "'ant', 'bee'"),
         ("Ant . Bee .", "'ant', 'bee'"),
+        ("ant\uff0cbee", "'ant', 'bee'"),
     ],
 )
 def test_a_list_in_one_sentence_works_and_gives_a_hint_once(
