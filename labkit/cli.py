@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+_logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,6 +116,7 @@ def segment(
     """
     from labkit.images import describe
     from labkit.runtime import LabkitError
+    from labkit.segment.export import make_folder_name
     from labkit.segment.pipeline import TextSegmenter, check_sentences
 
     check_sentences(prompt, not_ or ())
@@ -127,8 +133,8 @@ def segment(
             failed += 1
             print(f"labkit: {error}", file=sys.stderr)
             continue
-        folder = out if len(sources) == 1 else out / f"{number:04d}-{Path(name).stem}"
-        found.save(folder, name)
+        folder = out if len(sources) == 1 else out / make_folder_name(number, found.file_name)
+        found.save(folder)
         note = f"  [{found.note}]" if found.note else ""
         for result in found.sentences:
             count = len(result.objects)
@@ -140,19 +146,25 @@ def segment(
 
 
 def _expand_folders(sources: list[str]) -> list[str]:
-    """Replace each folder among `sources` by the images in it, sorted."""
-    from labkit.images import SUFFIXES
+    """Replace each folder among `sources` by the images in it, sorted, and say what is skipped.
+
+    Hidden files are no images, such as the `._` files of macOS.
+    """
+    from labkit.images import SUFFIXES, describe
     from labkit.runtime import InputError
 
     expanded: list[str] = []
     for source in sources:
-        folder = Path(source)
-        if not folder.is_dir():
+        if not os.path.isdir(source):  # pathlib's own test raises for a name that is too long
             expanded.append(source)
             continue
-        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        visible = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
+        inside = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not inside:
             raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
+        if skipped := [describe(path) for path in sorted(set(visible) - set(inside))]:
+            names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+            _logger.warning("%s: skipped %d that are no images: %s", source, len(skipped), names)
         expanded += map(str, inside)
     return expanded
 
@@ -210,18 +222,33 @@ def doctor() -> None:
     print(f"{'cache':<14}{size / 2**20:.0f} MiB in {cache}")
 
 
+@contextlib.contextmanager
+def _escape_unencodable() -> Iterator[None]:
+    """Let stdout and stderr write an escape for each character that their encoding lacks."""
+    streams: list[Any] = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    errors = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, handler in zip(streams, errors, strict=True):
+            stream.reconfigure(errors=handler)
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends in one line, not in a traceback."""
-    try:
-        app()
-    except Exception as error:
-        from labkit.runtime import LabkitError  # loads torch, which --help does not need
+    with _escape_unencodable():
+        try:
+            app()
+        except Exception as error:
+            from labkit.runtime import LabkitError  # loads torch, which --help does not need
 
-        if not isinstance(error, LabkitError):
-            raise
-        print(f"labkit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        hint = "; add --resume to go on" if "train" in sys.argv[1:2] else ""
-        print(f"labkit: interrupted{hint}", file=sys.stderr)
-        raise SystemExit(130) from None
+            if not isinstance(error, LabkitError):
+                raise
+            print(f"labkit: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            hint = "; add --resume to go on" if "train" in sys.argv[1:2] else ""
+            print(f"labkit: interrupted{hint}", file=sys.stderr)
+            raise SystemExit(130) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -55,8 +56,14 @@ class Table:
             "".join(f"<td>{escape(_format_cell(cell))}</td>" for cell in row) for row in self.rows
         )
         body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        html = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return escape_controls(html)
 
+
+# Controls but tab and line breaks, marks that turn the direction of writing, lone surrogates.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 _PAGE = """\
 <!DOCTYPE html>
@@ -147,7 +154,7 @@ def write_report(
     """Write a page of facts, figures and tables to `path`, atomically and in the given order.
 
     All text is escaped, figures are embedded, and the page's own policy forbids it to load
-    anything.
+    anything. Control characters and lone surrogates are shown as their escapes.
 
     Args:
         path: the HTML file.
@@ -175,7 +182,19 @@ def write_report(
     images = {name: _encode_figure(figure) for name, figure in figures.items()}
     page = environment.from_string(_PAGE)
     html = page.render(title=title, note=note, facts=facts, figures=images, tables=tables)
-    write_text(path, html)
+    write_text(path, escape_controls(html))
+
+
+def escape_controls(text: str) -> str:
+    r"""Replace what no page can show by its escape: control characters and lone surrogates.
+
+    Marks that turn the direction of writing are replaced too, because they could hide text.
+
+    Example:
+        >>> escape_controls("a bell \a in caf\udce9")
+        'a bell \\x07 in caf\\udce9'
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _encode_figure(figure: Figure) -> dict[str, str | int]:

@@ -3,12 +3,17 @@
 A function returns its figure and never shows it; it neither reads nor changes matplotlib's global
 settings. Images are uint8 (N, H, W, 3). A `note` is written in a tag on the figure; use it to say
 which data were used. The colours are those of Okabe and Ito, which readers of any colour vision
-can tell apart.
+can tell apart. Any text may stand on a figure, also one that the font cannot draw and one that
+reads like mark-up; see `make_drawable`.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import itertools
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,9 +34,10 @@ TEXT_LINE = 0.15  # inches from one line of 8-point text to the next
 GAP = 0.08  # inches between images
 FEW_EPOCHS = 20
 MAX_CLASSES_WITH_COUNTS = 20
+MAX_TICK_LENGTH = 32  # characters of a class name beside an axis
 HEAT = "inferno"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK}
-SMALL: dict[str, Any] = {"fontsize": 8, "color": INK}
+SMALL: dict[str, Any] = {"fontsize": 8, "color": INK, "parse_math": False}
 
 
 class _Bin(Protocol):
@@ -146,18 +152,19 @@ def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: st
             f"confusion must be {num_classes} × {num_classes} for its classes, got {counts.shape}"
         )
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ticks = np.arange(0, num_classes, -(-num_classes // 40))
+    names = [make_drawable(classes[index], MAX_TICK_LENGTH) for index in ticks]
+    extra = max(0.0, CHARACTER * max(map(len, names), default=0) - 0.9)  # inches, for long names
     inches = float(np.clip(0.5 * num_classes, 2.5, 10.0))
-    figure = create_figure(inches + 2.0, inches + 1.0, note)
+    figure = create_figure(inches + 2.0 + extra, inches + 1.0 + extra, note)
     axes = figure.subplots()
     cells = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
     _style(axes, "Confusion", "predicted class", "true class")
     axes.grid(False)
-    ticks = np.arange(0, num_classes, -(-num_classes // 40))
-    names = [classes[index] for index in ticks]
     font_size = 8 if num_classes <= MAX_CLASSES_WITH_COUNTS else 6
     tilt: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(ticks, names, fontsize=font_size, **tilt)
-    axes.set_yticks(ticks, names, fontsize=font_size)
+    axes.set_xticks(ticks, names, fontsize=font_size, parse_math=False, **tilt)
+    axes.set_yticks(ticks, names, fontsize=font_size, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(cells, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.1, 0.5, 1])
@@ -230,7 +237,8 @@ def plot_class_scores(scores: Sequence[_Scores], note: str = "") -> Figure:
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7, color=SOFT)
     _style(axes, "Recall and precision by class (%)", "", "")
     axes.grid(False, axis="y")
-    axes.set_yticks(positions, [row.name for row in ordered])
+    names = [make_drawable(row.name, MAX_TICK_LENGTH) for row in ordered]
+    axes.set_yticks(positions, names, parse_math=False)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(xlim=(0, 107), xticks=range(0, 101, 20), ylim=(-0.6, max(len(ordered), 1) - 0.4))
     axes.legend(**LEGEND, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
@@ -355,7 +363,7 @@ def create_figure(width: float, height: float, note: str, pad: float = 0.08) -> 
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    lines = textwrap.wrap(note, max(16, int((width - 0.3) / CHARACTER)))
+    lines = textwrap.wrap(make_drawable(note), max(16, int((width - 0.3) / CHARACTER)))
     strip = 0.16 + TEXT_LINE * len(lines) if lines else 0.0
     total = height + strip
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, height / total), w_pad=pad, h_pad=pad)
@@ -365,6 +373,66 @@ def create_figure(width: float, height: float, note: str, pad: float = 0.08) -> 
         x, y = 1 - 0.1 / width, 1 - 0.1 / total
         figure.text(x, y, "\n".join(lines), ha="right", va="top", bbox=tag, **SMALL)
     return figure
+
+
+def make_drawable(text: object, max_length: int | None = None) -> str:
+    r"""Make of any text one line of characters that matplotlib's font has.
+
+    White space becomes a space. A symbol that the font lacks, such as an emoji, becomes its
+    Unicode name in brackets; another character that it lacks or that cannot be seen becomes its
+    escape. Joiners, which only change the look of their neighbours, are left out. Draw the result
+    with `parse_math=False`, so that a dollar sign stays a dollar sign.
+
+    Args:
+        text: any str, lone surrogates included; of anything else its str.
+        max_length: the most characters, at least 3. The middle of a longer text becomes an
+            ellipsis; no stand-in is cut in two. None leaves the text as long as it is.
+
+    Example:
+        >>> make_drawable("two\nlines of \u732b and \U0001f996")
+        'two lines of \\u732b and [t-rex]'
+        >>> make_drawable("a very long name", 9)
+        'a ve…name'
+    """
+    fonts = _load_fonts()
+    letters = unicodedata.normalize("NFC", str(text))
+    parts = [_make_stand_in(letter, fonts) for letter in letters]
+    if max_length is None or sum(map(len, parts)) <= max_length:
+        return "".join(parts)
+    head = _take_parts(parts, max_length // 2)
+    tail = _take_parts(parts[::-1], (max_length - 1) // 2)[::-1]
+    return "".join([*head, "…", *tail])
+
+
+def _take_parts(parts: Sequence[str], length: int) -> Sequence[str]:
+    """Return the first of `parts`, as many as have at most `length` characters together."""
+    return parts[: bisect.bisect_right(list(itertools.accumulate(map(len, parts))), length)]
+
+
+def _load_fonts() -> list[Any]:
+    """Load the fonts in which matplotlib looks for a character, the first choice first."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = []
+    for family in FontProperties().get_family():
+        with contextlib.suppress(ValueError):  # it is not installed
+            path = findfont(FontProperties(family=[family]), fallback_to_default=False)
+            fonts.append(get_font(path))
+    return fonts or [get_font(findfont(FontProperties()))]
+
+
+def _make_stand_in(letter: str, fonts: Sequence[Any]) -> str:
+    """Return `letter` itself if one of `fonts` has it, else what is drawn in its stead."""
+    if letter.isspace():
+        return letter if letter == "\u00a0" else " "
+    category, name = unicodedata.category(letter), unicodedata.name(letter, "").lower()
+    if category == "Cf" or name.startswith("variation selector"):
+        return ""
+    if letter.isprintable() and any(font.get_char_index(ord(letter)) for font in fonts):
+        return letter
+    if category.startswith("S") and name:
+        return f"[{name}]"
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
@@ -437,7 +505,7 @@ def _draw_grid(
     if len(titles) not in (0, len(images)):
         raise InputError(f"{len(titles)} titles for {len(images)} images; give one each or none")
     cell_height = cell * images.shape[1] / max(images.shape[2], 1)
-    wrapped = [textwrap.wrap(title, int(cell / CHARACTER)) for title in titles]
+    wrapped = [textwrap.wrap(make_drawable(title), int(cell / CHARACTER)) for title in titles]
     title_heights = [TEXT_LINE * len(lines) for lines in wrapped] or [0.0] * len(images)
     corners: list[tuple[float, float]] = []  # top left, y downwards
     top = 0.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,13 +16,13 @@ from labkit.cli import main
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 
 
-def labkit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def labkit(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "labkit", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
     )
 
 
@@ -92,6 +93,10 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["segment", "gone.png", "--prompt", "star", "--profile", "demo"], "gone.png"),
         (["segment", "x.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),
         (["segment", "x.png", "--prompt", "a", "--not", "a"], "both wanted and not"),
+        (["segment", "x.png", "--prompt", "Dog.", "--not", "dog"], "both wanted and not"),
+        (["segment", "x.png", "--prompt", "?"], "no word in it"),
+        (["segment", "x" * 300, "--prompt", "a", "--profile", "demo"], "could not be read"),
+        (["segment", "x.png", "--prompt", "caf\udce9"], "broken text"),
         (["segment", "x.png", "--prompt", "a", "--profile", "dmeo"], "'full' or 'demo'"),
     ],
 )
@@ -153,6 +158,85 @@ def test_segment_of_a_folder_gives_each_image_a_folder(
     with pytest.raises(SystemExit):
         main()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0001-0", "0002-1"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_narrow_console_ends_no_command(
+    encoding: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "猫 é.png"
+    image.write_bytes((scenes / "0.png").read_bytes())
+    arguments = ["segment", str(image), "--prompt", "star", "--prompt", "猫🦖", "--profile", "demo"]
+    outputs = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n") for _ in range(2)]
+    monkeypatch.setattr(sys, "argv", ["labkit", *arguments, "--out", str(tmp_path / "o\udce9")])
+    monkeypatch.setattr(sys, "stdout", outputs[0])
+    monkeypatch.setattr(sys, "stderr", outputs[1])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    outputs[0].flush()
+    told = outputs[0].buffer.getvalue().decode(encoding)
+    shown = "猫 é.png  '猫🦖'".encode(encoding, "backslashreplace").decode(encoding)
+    assert shown in told and r"o\udce9" in told
+    assert outputs[0].errors == outputs[1].errors == "strict"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
+def test_paths_and_messages_reach_a_narrow_console(encoding: str, tmp_path: Path) -> None:
+    cache = str(tmp_path / "猫")
+    done = labkit("doctor", folder=tmp_path, PYTHONIOENCODING=encoding, LABKIT_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    assert r"\u732b" in done.stdout.splitlines()[-1]
+    done = labkit("eval", "猫", folder=tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("labkit: ") and r"\u732b" in line
+
+
+@pytest.mark.parametrize("command", ["train", "segment"])
+def test_help_and_usage_reach_a_narrow_console(command: str, tmp_path: Path) -> None:
+    asked = labkit(command, "--help", folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert asked.returncode == 0 and "--device" in asked.stdout
+    wrong = labkit(command, "--猫", folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+
+
+def test_segment_says_once_that_a_sentence_reads_like_a_list(
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    command = ["segment", str(scenes), "--prompt", "star, circle", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    hints = [record.getMessage() for record in caplog.records if "a list" in record.getMessage()]
+    assert len(hints) == 1 and "'star', 'circle'" in hints[0]
+
+
+def test_segment_of_a_folder_skips_and_names_what_is_no_image(
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "folder.png").mkdir(parents=True)
+    (folder / "._a.png").write_bytes(b"macOS")
+    (folder / "notes.txt").write_text("not an image")
+    for name in ("a.png", "A: b?.PNG"):
+        (folder / name).write_bytes((scenes / "0.png").read_bytes())
+    command = ["segment", str(folder), "--prompt", "star", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    documents = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("out/*/masks.json"))]
+    assert [d["images"][0]["file_name"] for d in documents] == ["A: b?.PNG", "a.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001-A_b", "0002-a"]
+    assert "skipped 2 that are no images: folder.png, notes.txt" in caplog.text
 
 
 def test_segment_goes_on_after_an_image_that_cannot_be_read(

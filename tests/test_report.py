@@ -11,6 +11,7 @@ import pytest
 
 from labkit.report import Table, write_report
 from labkit.runtime import InputError
+from tests.strange_text import STRANGE_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* deprecated - use:DeprecationWarning")
 
@@ -73,6 +74,22 @@ def test_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
     assert not page.all("script") and not page.all("b")
     # title, heading, note, fact and its value, caption, column and cell
     assert page.text.count(evil) == 8
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+def test_strange_text_is_shown_or_escaped_on_the_page(tmp_path: Path, name: str) -> None:
+    table = Table((name,), [(name,)])
+    html = write_page(tmp_path, title=name, note=name, facts={name: name}, tables={name: table})
+    allowed = {"\n", "\t", "\u200d"}
+    hidden = {letter for letter in html + table._repr_html_() if not letter.isprintable()}
+    assert hidden <= allowed
+    if name.isprintable() and name.strip():
+        assert [text for text in Page(html).text if text == name.strip()]
+
+
+def test_hidden_characters_stand_as_their_escapes(tmp_path: Path) -> None:
+    html = write_page(tmp_path, title="a \a b \x9b c caf\udce9 \u202egnp")
+    assert r"a \x07 b \x9b c caf\udce9 \u202egnp" in html
 
 
 def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:

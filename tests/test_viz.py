@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from labkit import viz
 from labkit.runtime import InputError
+from tests.strange_text import STRANGE_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +60,31 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
     "attention": lambda note: viz.plot_attention(images(2), np.eye(4)[None].repeat(2, 0), (), note),
     "augmentation": lambda note: viz.plot_augmentations(
         images(2), images(6).reshape(2, 3, 8, 8, 3), note=note
+    ),
+}
+
+
+STRANGE_FIGURES: dict[str, Callable[[Sequence[str]], Figure]] = {
+    "plot_images": lambda names: viz.plot_images(images(len(names)), names, note=names[0]),
+    "learning_curves": lambda names: viz.plot_learning_curves(history(3), note=" ".join(names)),
+    "confusion": lambda names: viz.plot_confusion_matrix(
+        np.eye(len(names), dtype=int), names, note=names[0]
+    ),
+    "reliability": lambda names: viz.plot_reliability([Row()], 0.2, note=" ".join(names)),
+    "per_class": lambda names: viz.plot_class_scores([Row(name) for name in names], names[0]),
+    "mistakes": lambda names: viz.plot_mistakes(
+        images(len(names)),
+        range(len(names)),
+        [0] * len(names),
+        [0.97] * len(names),
+        names,
+        note=names[0],
+    ),
+    "attention": lambda names: viz.plot_attention(
+        images(len(names)), np.eye(4)[None].repeat(len(names), 0), names, names[0]
+    ),
+    "augmentation": lambda names: viz.plot_augmentations(
+        images(2), images(6).reshape(2, 3, 8, 8, 3), note=" ".join(names)
     ),
 }
 
@@ -122,6 +148,58 @@ def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
     assert left[0] == left[3] < left[1] == left[4] < left[2]
     centres = {t.get_text(): t.get_position()[0] for t in figure.axes[0].texts}
     assert centres["b"] == pytest.approx(sum(drawn[1].get_extent()[:2]) / 2)
+
+
+@pytest.mark.parametrize("name", STRANGE_FIGURES)
+def test_strange_names_are_drawn_as_they_are_or_by_a_stand_in(name: str) -> None:
+    """Mark-up that cannot be parsed raises, and a glyph that is missing warns."""
+    figure = STRANGE_FIGURES[name](STRANGE_NAMES)
+    render(figure)
+    assert "$x^2$ and $y$" in read_texts(figure)
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+def test_each_strange_name_alone_leaves_room_for_the_figure(name: str) -> None:
+    render(viz.plot_confusion_matrix(np.eye(2, dtype=int), [name, "dog"]))
+    render(viz.plot_class_scores([Row(name)]))
+
+
+def test_every_figure_is_tried_with_strange_names() -> None:
+    plots = {name for name in vars(viz) if name.startswith("plot_")}
+    assert len(STRANGE_FIGURES) == len(FIGURES) == len(plots)
+
+
+def test_stand_ins_say_which_character_is_meant() -> None:
+    assert viz.make_drawable("price: $5 {x}_1 \\") == "price: $5 {x}_1 \\"
+    assert viz.make_drawable("猫") == r"\u732b"
+    assert viz.make_drawable(7) == "7"
+    assert viz.make_drawable("a 🦖\ufe0f") == "a [t-rex]"
+    assert viz.make_drawable("caf\udce9 \a") == r"caf\udce9 \x07"
+    assert viz.make_drawable("cafe\u0301") == "café"
+    assert viz.make_drawable("two\r\nlines\u200b") == "two  lines"
+    assert viz.make_drawable("97\u00a0%") == "97\u00a0%"
+
+
+def test_fonts_that_the_user_has_chosen_are_asked_for_their_characters() -> None:
+    import matplotlib
+
+    sign = chr(0x1F701)  # alchemical, in no text font
+    assert viz.make_drawable(sign) == "[alchemical symbol for air]"
+    with matplotlib.rc_context({"font.family": ["no such font", "sans-serif"]}):
+        assert viz.make_drawable("cat") == "cat"
+    assert viz.make_drawable("\u231a") == "[watch]"
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", "STIXGeneral"]}):
+        assert viz.make_drawable("cat \u231a") == "cat \u231a"
+        render(viz.plot_images(images(1), ["cat \u231a"]))
+
+
+def test_long_names_keep_both_ends() -> None:
+    assert viz.make_drawable("0123456789", 10) == "0123456789"
+    assert viz.make_drawable("0123456789", 9) == "0123…6789"
+    assert viz.make_drawable("0123456789", 3) == "0…9"
+    assert viz.make_drawable("ab猫犬猫cd", 17) == r"ab\u732b…\u732bcd"
+    assert viz.make_drawable("ab猫犬猫cd", 16) == r"ab\u732b…cd"
+    assert viz.make_drawable("猫犬猫犬", 5) == "…"
 
 
 def test_nothing_to_show_is_a_figure_and_no_error() -> None:

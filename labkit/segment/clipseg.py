@@ -5,6 +5,7 @@ Source: Lüddecke and Ecker, Image Segmentation Using Text and Image Prompts, 20
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,28 @@ from labkit.runtime import (
 from labkit.segment.checkpoints import Checkpoint
 
 _SENTENCES_AT_ONCE = 16
+_END_MARKS = " .,;:!?。、،؛؟।"
+
+
+def normalize_sentence(sentence: str) -> str:
+    """Return the spelling that all spellings of a sentence share.
+
+    Letter case, white space, punctuation at the end, invisible joiners and the Unicode form do not
+    count. CLIPSeg is asked in this spelling, so that the masks do not depend on the user's.
+
+    Args:
+        sentence: any str.
+
+    Returns:
+        The sentence in lower case; "" if nothing is left of it.
+
+    Example:
+        >>> normalize_sentence(" Red  Ball."), normalize_sentence("red ball")
+        ('red ball', 'red ball')
+    """
+    text = unicodedata.normalize("NFKC", sentence).casefold()
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(_END_MARKS)
 
 
 class ClipSeg:
@@ -135,11 +158,12 @@ class ClipSeg:
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        if encoded["input_ids"].shape[1] > limit:
-            longest = max(sentences, key=len)
+        lengths = encoded["attention_mask"].sum(dim=1)  # (S * templates,) tokens
+        if (length := int(lengths.max())) > limit:
+            longest = sentences[int(lengths.argmax()) // len(templates)]
             raise InputError(
-                f"a sentence must fit into {limit} tokens, got {longest[:60]!r} ...; name the "
-                "thing in a few words"
+                f"a sentence must fit into {limit} tokens, got {longest[:60]!r} ... of {length}; "
+                "name the thing in a few words"
             )
         with self.precision.autocast(self.device):
             outputs = self.model.clip.text_model(

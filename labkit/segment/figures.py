@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.runtime import InputError
-from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, create_figure
+from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, create_figure, make_drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,17 +19,26 @@ if TYPE_CHECKING:
 
 _LONGEST = 900  # pixels of the longer side, as drawn
 _CELL = 3.0  # inches wide
+_MAX_LABEL, _MAX_QUOTE = 40, 100  # characters of a sentence, on an object and in a title
 # Okabe and Ito's colours, apart for readers of any colour vision.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
 def draw_overlay(segmentation: Segmentation) -> Figure:
-    """Draw the image under every mask, each in its colour and named, and say what is absent."""
+    """Draw the image under every mask, each in its colour and named, and say what is absent.
+
+    Example:
+        >>> from labkit import Segmentation
+        >>> nothing = Segmentation(image=np.zeros((40, 60, 3), np.uint8), sentences=())
+        >>> draw_overlay(nothing).axes[0].get_title(loc="left")
+        'Nothing found'
+    """
     image = _shrink(segmentation.image)
     height, width = image.shape[:2]
     figure_width = 6.5 * min(max(width / height, 0.4), 1.0)
     image_height = min(figure_width * height / width, 8.0)
-    lines = textwrap.wrap(_summarize(segmentation), max(20, int(figure_width / CHARACTER)))
+    line_length = max(20, int(figure_width / (CHARACTER * 9 / 8)))  # of 9-point text
+    lines = textwrap.wrap(_summarize(segmentation), line_length)
     figure_height = image_height + 0.25 + 0.17 * len(lines)
     figure = create_figure(figure_width, figure_height, segmentation.note)
     axes = figure.subplots()
@@ -40,8 +49,8 @@ def draw_overlay(segmentation: Segmentation) -> Figure:
         _paint(axes, segmented.mask, colour)
         left, top = segmented.box[0] * scale, segmented.box[1] * scale
         style = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"}
-        position: dict[str, Any] = {"va": "bottom", "clip_on": True, "parse_math": False}
-        axes.text(left, top, segmented.sentence, bbox=style, **position, **SMALL)
+        label = make_drawable(segmented.sentence, _MAX_LABEL)
+        axes.text(left, top, label, bbox=style, va="bottom", clip_on=True, **SMALL)
     axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK, parse_math=False)
     return figure
 
@@ -87,7 +96,7 @@ def _draw_heat(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> 
     bar = axes.figure.colorbar(heat, ax=axes, shrink=0.7, aspect=20, ticks=[0, peak])
     bar.ax.set_yticklabels(["0", f"{peak:.3f}"], fontsize=7, color=SOFT)
     bar.ax.spines["outline"].set_visible(False)
-    _set_title(axes, f"“{result.sentence}”: heat map")
+    _set_title(axes, f"{_quote(result)}: heat map")
 
 
 def _draw_prompts(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> None:
@@ -120,9 +129,13 @@ def _draw_masks(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) ->
 
 
 def _summarize(segmentation: Segmentation) -> str:
-    absent = [f"“{r.sentence}” ({r.reason})" for r in segmentation.sentences if not r.present]
+    absent = [f"{_quote(r)} ({r.reason})" for r in segmentation.sentences if not r.present]
     found = f"{len(segmentation)} found" if len(segmentation) else "Nothing found"
     return found + (f"; absent: {', '.join(absent)}" if absent else "")
+
+
+def _quote(result: SentenceResult) -> str:
+    return f"“{make_drawable(result.sentence, _MAX_QUOTE)}”"
 
 
 def _shrink(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from labkit.images import ImageSource, load_image
-from labkit.runtime import InputError, pick_device
+from labkit.runtime import InputError, as_one_line, pick_device
 from labkit.segment.checkpoints import PresenceModel, Profile, check_installed, get_profile
-from labkit.segment.clipseg import ClipSeg
+from labkit.segment.clipseg import ClipSeg, normalize_sentence
+from labkit.segment.export import get_file_name
 from labkit.segment.generate import Thresholds, generate_masks, init_queries
 from labkit.segment.masks import Candidate, encode_mask, upsample_mask
 from labkit.segment.presence import (
@@ -25,7 +29,9 @@ from labkit.segment.sam2 import Sam2
 
 Maps = NDArray[np.float32]
 
+_logger = logging.getLogger(__name__)
 _TOO_SMALL = "its mask is smaller than a pixel of the image"
+_SEPARATOR = re.compile(r"[,;](?!\d)|\.(?=\s)|[|。、]")  # between things in a list
 
 
 class TextSegmenter:
@@ -53,6 +59,7 @@ class TextSegmenter:
         self.clipseg, self.sam2 = clipseg, sam2
         self.presence, self.templates = presence, tuple(templates)
         self.note, self.models = note, dict(models or {})
+        self._hinted: set[str] = set()  # sentences that a hint was given for
 
     @classmethod
     def from_profile(
@@ -98,7 +105,9 @@ class TextSegmenter:
 
         Args:
             image: path, address, bytes, PIL image or array; see `labkit.load_image`.
-            sentences: one or more, in a few words each.
+            sentences: one or more, in a few words each. Case, white space, punctuation at the end
+                and the Unicode form do not count: "Dog." is "dog", and the result has the first
+                spelling. A sentence that reads like a list gives a hint in the log.
             negatives: sentences for what is not meant. Ground that fits one of them better than a
                 sentence does not count for that sentence.
             assume_present: skip the question whether a thing is there; the presence score is
@@ -113,8 +122,8 @@ class TextSegmenter:
                 keeps fewer.
 
         Raises:
-            InputError: a sentence is empty, too long, or both wanted and not; a threshold is out of
-                its range; or there is no such image.
+            InputError: a sentence is empty, no clean text, too long, or both wanted and not; a
+                threshold is out of its range; or there is no such image.
             SourceError: the image could not be read or fetched.
         """
         thresholds = Thresholds(
@@ -124,9 +133,11 @@ class TextSegmenter:
             overlap=overlap_threshold,
         )
         sentences, negatives = check_sentences(sentences, negatives)
+        self._hint_at_lists([*sentences, *negatives])
         pixels = load_image(image)
-        maps = self.clipseg.predict_heat(pixels, [*sentences, *negatives], self.templates)
-        return self.segment_maps(
+        spellings = [normalize_sentence(sentence) for sentence in [*sentences, *negatives]]
+        maps = self.clipseg.predict_heat(pixels, spellings, self.templates)
+        segmentation = self.segment_maps(
             pixels,
             sentences,
             wanted=maps[: len(sentences)],
@@ -134,6 +145,19 @@ class TextSegmenter:
             assume_present=assume_present,
             thresholds=thresholds,
         )
+        return replace(segmentation, file_name=get_file_name(image))
+
+    def _hint_at_lists(self, sentences: Sequence[str]) -> None:
+        """Say once of each sentence that reads like a list that each thing needs its own."""
+        for sentence in sentences:
+            parts = split_list(sentence)
+            if len(parts) > 1 and sentence not in self._hinted:
+                self._hinted.add(sentence)
+                _logger.warning(
+                    "%s is one sentence that reads like a list. To have each thing segmented "
+                    "apart, give %d sentences: %s",
+                    *(as_one_line(repr(sentence)), len(parts), as_one_line(repr(parts)[1:-1])),
+                )
 
     def segment_maps(
         self,
@@ -212,29 +236,77 @@ class TextSegmenter:
 def check_sentences(
     sentences: Sequence[str], negatives: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Strip both lists of surplus white space and of repetitions.
+    """Strip both lists of surplus white space and of repetitions, however they are spelt.
+
+    Args:
+        sentences: what is wanted.
+        negatives: what is not meant.
+
+    Returns:
+        Both lists; of several spellings of a sentence the first is kept.
 
     Raises:
-        InputError: there is nothing to look for, a sentence is empty, or it is in both lists.
+        InputError: there is nothing to look for; a sentence is empty, no str, or no clean text;
+            or it is in both lists.
 
     Example:
-        >>> check_sentences(["red  ball", "red ball "], ["cat"])
+        >>> check_sentences(["red  ball", "Red ball."], ["cat"])
         (['red ball'], ['cat'])
     """
-    if isinstance(sentences, str) or isinstance(negatives, str):
-        raise InputError("sentences and negatives must be lists of sentences, got a single text")
-    wanted, unwanted = (
-        list(dict.fromkeys(" ".join(sentence.split()) for sentence in texts))
-        for texts in (sentences, negatives)
-    )
+    wanted, unwanted = (_map_spellings(texts) for texts in (sentences, negatives))
     if not wanted:
         raise InputError("sentences must name at least one thing to look for, got none")
-    if "" in wanted or "" in unwanted:
+    for spelling, sentence in wanted.items():
+        if spelling in unwanted:
+            raise InputError(
+                f"{sentence!r} is both wanted and not; take it out of one of the lists"
+            )
+    return list(wanted.values()), list(unwanted.values())
+
+
+def _map_spellings(sentences: Sequence[str]) -> dict[str, str]:
+    """Map the normal spelling of each sentence to the first one given, in the given order."""
+    if isinstance(sentences, str | bytes):
+        raise InputError("sentences and negatives must be lists of sentences, got a single text")
+    if not isinstance(sentences, Iterable):
+        raise InputError(
+            f"sentences and negatives must be lists of sentences, got {type(sentences).__name__}"
+        )
+    spellings: dict[str, str] = {}
+    for sentence in sentences:
+        _check_sentence(sentence)
+        spellings.setdefault(normalize_sentence(sentence), " ".join(sentence.split()))
+    return spellings
+
+
+def _check_sentence(sentence: object) -> None:
+    """Raise an InputError if `sentence` is no clean text that names something."""
+    if not isinstance(sentence, str):
+        raise InputError(f"a sentence must be a str, got {as_one_line(repr(sentence))}")
+    if not sentence.strip():
         raise InputError("a sentence is empty; name a thing, such as 'red circle'")
-    both = [sentence for sentence in wanted if sentence in unwanted]
-    if both:
-        raise InputError(f"{both[0]!r} is both wanted and not; take it out of one of the lists")
-    return wanted, unwanted
+    categories = {unicodedata.category(letter) for letter in re.sub(r"[\t\n\v\f\r]", "", sentence)}
+    shown = as_one_line(repr(sentence))
+    if categories & {"Cc", "Cs"}:
+        raise InputError(
+            f"a sentence holds control characters or broken text, got {shown}; type it anew"
+        )
+    if not any(category[0] in "LN" or category == "So" for category in categories):
+        raise InputError(
+            f"a sentence has no word in it, got {shown}; name a thing, such as 'red circle'"
+        )
+
+
+def split_list(sentence: str) -> list[str]:
+    """Split a sentence that reads like a list, such as "dog, cat" or "dog. cat.", into its parts.
+
+    Example:
+        >>> split_list("dog. red ball."), split_list("red ball")
+        (['dog', 'red ball'], ['red ball'])
+    """
+    texts = _SEPARATOR.split(unicodedata.normalize("NFKC", sentence))
+    parts = (normalize_sentence(text) for text in texts)
+    return [part for part in parts if part]
 
 
 def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> SentenceResult:

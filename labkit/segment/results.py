@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from labkit.files import open_atomic, write_json
 from labkit.report import Cell, Table, write_report
-from labkit.runtime import InputError
+from labkit.runtime import InputError, as_one_line
+from labkit.segment.clipseg import normalize_sentence
 from labkit.segment.export import to_coco, to_supervision
 from labkit.segment.figures import draw_overlay, draw_stages
 from labkit.segment.masks import Rle, decode_mask
@@ -92,19 +93,27 @@ class Segmentation:
     """Everything that was found in one image.
 
     It is a sequence of objects: it has a length, can be iterated over, and `found[0]` is an object;
-    `found["dog"]` is the `SentenceResult` of a sentence.
+    `found["dog"]` is the `SentenceResult` of a sentence, in any spelling of it (`found["Dog."]`).
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
         sentences: a result for each sentence, in the order in which they were asked.
         note: stands on the face of every figure and report; "" for none.
         models: the weights that were used.
+        file_name: the real name of the image file; "image" where there is none.
+
+    Example:
+        >>> image = np.zeros((4, 6, 3), np.uint8)
+        >>> found = Segmentation(image=image, sentences=(), file_name="photo.jpg")
+        >>> len(found), found.masks.shape, found.to_coco()["images"][0]["file_name"]
+        (0, (0, 4, 6), 'photo.jpg')
     """
 
     image: NDArray[np.uint8]
     sentences: tuple[SentenceResult, ...]
     note: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
+    file_name: str = "image"
 
     @cached_property
     def objects(self) -> tuple[SegmentedObject, ...]:
@@ -141,14 +150,18 @@ class Segmentation:
         if isinstance(key, int):
             return self.objects[key]
         for result in self.sentences:
-            if result.sentence == " ".join(key.split()):
+            if normalize_sentence(result.sentence) == normalize_sentence(key):
                 return result
         asked = ", ".join(repr(result.sentence) for result in self.sentences)
         raise InputError(f"{key!r} was not asked for; these sentences were: {asked}")
 
-    def to_coco(self, name: str = "image") -> dict[str, Any]:
-        """The objects as a COCO document; see `labkit.segment.export.to_coco`."""
-        return to_coco(self, name)
+    def to_coco(self, name: str | None = None) -> dict[str, Any]:
+        """The objects as a COCO document; see `labkit.segment.export.to_coco`.
+
+        Args:
+            name: the file name in the document; None for `file_name`.
+        """
+        return to_coco(self, self.file_name if name is None else name)
 
     def to_supervision(self) -> Any:
         """The objects as `supervision.Detections`; see `labkit.segment.export.to_supervision`."""
@@ -182,13 +195,18 @@ class Segmentation:
             "Objects": Table(("sentence", *scores, "box"), objects),
         }
 
-    def save(self, folder: Path | str, name: str = "image") -> Path:
+    def save(self, folder: Path | str, name: str | None = None) -> Path:
         """Write `masks.json`, `overlay.png` and `report.html` into a folder; return its path.
+
+        Args:
+            folder: is created if it is missing.
+            name: the file name of the image; None for `file_name`. `masks.json` keeps it as it
+                is, the title of the report cleaned and shortened.
 
         Raises:
             SourceError: something could not be written.
         """
-        folder = Path(folder)
+        folder, name = Path(folder), self.file_name if name is None else name
         write_json(folder / "masks.json", self.to_coco(name))
         overlay = self.overlay()
         with open_atomic(folder / "overlay.png") as file:
@@ -197,7 +215,7 @@ class Segmentation:
         present = sum(result.present for result in self.sentences)
         write_report(
             folder / "report.html",
-            title=f"What the sentences name in {name}",
+            title=f"What the sentences name in {as_one_line(name)}",
             note=self.note,
             facts={
                 "image": f"{width} × {height}",

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import resize
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
 from labkit.segment import clipseg as clipseg_module
 from labkit.segment.checkpoints import Checkpoint, Profile
-from labkit.segment.clipseg import ClipSeg, fit_size
+from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
@@ -170,6 +170,37 @@ def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
     with pytest.raises(InputError, match="24 tokens"):
         clipseg.predict_heat(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
     assert clipseg.predict_heat(image, ["abcdefghijklmnopqr"]).shape == (1, IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("templates", [["{}"], ["{}", "a {}"]])
+def test_a_sentence_is_too_long_by_its_tokens_not_its_letters(
+    clipseg: ClipSeg, templates: list[str]
+) -> None:
+    """A letter of the tiny tokenizer is a token, one of Chinese is three, a space none."""
+    many_letters, many_tokens = "a" + " " * 50 + "b", "猫" * 9
+    with pytest.raises(InputError, match=r"24 tokens, got '猫猫.* of (29|30)"):
+        clipseg.predict_heat(noise(9, 9), ["dog", many_letters, many_tokens, "cat"], templates)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("red ball", "red ball"),
+        (" Red\tBALL. ", "red ball"),
+        ("red ball?!...", "red ball"),
+        ("CAFE\u0301", "café"),
+        ("\uff52\uff45\uff44", "red"),
+        ("r\u200be\u00add", "red"),
+        ("St. Bernard", "st. bernard"),
+        ("dog (left)", "dog (left)"),
+        ("猫。", "猫"),
+        (" . ", ""),
+        ("", ""),
+    ],
+)
+def test_spellings_of_a_sentence_have_one_normal_form(sentence: str, expected: str) -> None:
+    assert normalize_sentence(sentence) == expected
+    assert normalize_sentence(expected) == expected
 
 
 def test_weights_are_fp32_and_for_inference(clipseg: ClipSeg) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from labkit.runtime import SourceError
-from labkit.segment.export import to_coco
+from labkit.segment.export import get_file_name, make_folder_name, to_coco
 from labkit.segment.results import Segmentation
 from tests.segment.conftest import SCORES, SHAPE
 
@@ -39,6 +41,44 @@ def test_pycocotools_reads_the_document_and_its_masks(
         assert row["area"] == segmented.mask.sum() == coco_mask.area(coco.annToRLE(row))
         assert row["iscrowd"] == 0 and row["image_id"] == image["id"]
         assert coco.loadCats(row["category_id"])[0]["name"] == segmented.sentence
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("photos/cat.png", "cat.png"),
+        (Path("photos") / "a  b.png", "a  b.png"),
+        (os.fsdecode(b"caf\xe9.png"), "caf\udce9.png"),
+        ("two\nlines.png", "two\nlines.png"),
+        ("x" * 200 + ".png", "x" * 200 + ".png"),
+        ("https://me:secret@host.org/a/cat.png?token=secret#top", "cat.png"),
+        ("HTTP://host.org/a%20cat.png", "a%20cat.png"),
+        ("https://host.org/photos/", "photos"),
+        ("https://host.org", "image"),
+        (np.zeros((2, 2), np.uint8), "image"),
+        (b"bytes", "image"),
+    ],
+)
+def test_file_name_is_the_real_one(source: str | Path | bytes, name: str) -> None:
+    assert get_file_name(source) == name
+
+
+def test_file_name_survives_the_document_byte_for_byte(
+    segmentation: Segmentation, tmp_path: Path
+) -> None:
+    coco = load(to_coco(segmentation, os.fsdecode(b"caf\xe9 \xff.png")), tmp_path)
+    assert os.fsencode(coco.imgs[1]["file_name"]) == b"caf\xe9 \xff.png"
+
+
+def test_folders_of_several_images_are_apart_and_safe_on_every_system() -> None:
+    names = ["a.png", "A.png", "a.jpg", "..", "con.png", 'a:b*?"<>|.png', "a\\b.png", "猫.png"]
+    names += ["caf\udce9.png", "x" * 251 + ".png", "two\nlines.png", "dot. .png", ".png", ""]
+    folders = [make_folder_name(number, name) for number, name in enumerate(names, 1)]
+    assert len({folder.casefold() for folder in folders}) == len(names)
+    for folder in folders:
+        assert re.fullmatch(r"[0-9]{4}(-[A-Za-z0-9._-]*[A-Za-z0-9])?", folder) and len(folder) <= 70
+    assert folders[:2] == ["0001-a", "0002-A"] and folders[7] == "0008"
+    assert make_folder_name(12345, "a.png") == "12345-a"
 
 
 def test_each_score_stands_apart_and_none_is_a_confidence(segmentation: Segmentation) -> None:

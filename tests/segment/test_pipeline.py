@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
+import os
 import random
 import socket
 from collections.abc import Sequence
@@ -17,8 +19,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
+from labkit.object_scenes import SCENE_SENTENCES
 from labkit.runtime import InputError
 from labkit.segment.checkpoints import PresenceModel, Profile
+from labkit.segment.clipseg import normalize_sentence
 from labkit.segment.pipeline import TextSegmenter
 from labkit.segment.prompts import Prompt
 from labkit.segment.results import Segmentation
@@ -219,6 +223,18 @@ def test_repeated_sentences_are_computed_once() -> None:
         (["cat", "dog"], ["horse", " dog"], "'dog' is both wanted and not"),
         ("cat", [], "must be lists"),
         (["cat"], "dog", "must be lists"),
+        (["Dog."], ["dog"], "'Dog.' is both wanted and not"),
+        (["caf\u00e9"], ["CAFE\u0301 !"], "'café' is both wanted and not"),
+        (3, [], "must be lists of sentences, got int"),
+        (["cat"], None, "must be lists of sentences, got NoneType"),
+        (["cat", None], [], "must be a str, got None"),
+        ([b"cat"], [], "must be a str, got b'cat'"),
+        (["..."], [], r"no word in it, got '\.\.\.'"),
+        (["cat"], ["?!"], "no word in it"),
+        (["\u200b"], [], "no word in it"),
+        (["cat\x07"], [], r"control characters or broken text, got 'cat\\x07'"),
+        (["a\x00b"], [], "control characters"),
+        (["caf\udce9"], [], r"broken text, got 'caf\\udce9'"),
     ],
 )
 def test_unusable_sentences_are_refused_before_anything_runs(
@@ -228,6 +244,94 @@ def test_unusable_sentences_are_refused_before_anything_runs(
     with pytest.raises(InputError, match=message):
         ask(noise(48, 48), prompts, negatives)
     assert ask.clipseg.sentences == []
+
+
+SPELLINGS = [
+    "dog",
+    "Dog",
+    " DOG ",
+    "dog.",
+    "Dog!",
+    "dog ,",
+    "\uff44\uff4f\uff47",
+    "d\u00adog",
+    "dog\n",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_all_spellings_of_a_sentence_are_one_sentence(spelling: str) -> None:
+    ask = segmenter(dog=discs((10, 10)), cat=discs((30, 30)))
+    segmentation = ask(noise(48, 48), [spelling, "cat", *SPELLINGS])
+    assert ask.clipseg.sentences == ["dog", "cat"]
+    assert [result.sentence for result in segmentation.sentences] == [
+        " ".join(spelling.split()),
+        "cat",
+    ]
+    for key in SPELLINGS:
+        assert segmentation[key] is segmentation.sentences[0]
+    assert len(segmentation.objects) == 2
+
+
+def test_masks_do_not_depend_on_the_spelling(tiny: TextSegmenter) -> None:
+    image = noise(40, 40)
+    plain = tiny(image, ["red ball"], assume_present=True)
+    assert len(plain) > 0
+    spelt = tiny(image, ["Red  Ball."], assume_present=True)
+    assert [segmented.rle for segmented in spelt] == [segmented.rle for segmented in plain]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "parts"),
+    [
+        ("ant. bee. cow.", "'ant', 'bee', 'cow'"),
+        ("ant, bee", "'ant', 'bee'"),
+        ("ant;bee", "'ant', 'bee'"),
+        ("Ant . Bee .", "'ant', 'bee'"),
+        ("ant\uff0cbee", "'ant', 'bee'"),
+    ],
+)
+def test_a_list_in_one_sentence_works_and_gives_a_hint_once(
+    sentence: str, parts: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {normalize_sentence(sentence): discs((10, 10))}
+    ask = segmenter(**given)
+    with caplog.at_level(logging.WARNING):
+        segmentations = [ask(noise(48, 48), [sentence]) for _ in range(2)]
+    assert [len(segmentation) for segmentation in segmentations] == [1, 1]
+    (record,) = caplog.records
+    assert repr(sentence) in record.getMessage() and parts in record.getMessage()
+
+
+def test_a_plain_sentence_gives_no_hint(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["dog.", "v1.5 engine", "1,000 ants", "dog", "man's hat", "dog!"]
+    ask = segmenter(**{normalize_sentence(name): discs((10, 10)) for name in names})
+    ask(noise(48, 48), names)
+    assert caplog.records == []
+
+
+def test_every_sentence_of_the_scenes_is_asked_as_it_is() -> None:
+    assert [normalize_sentence(sentence) for sentence in SCENE_SENTENCES] == list(SCENE_SENTENCES)
+
+
+def test_segmentation_knows_the_real_name_of_its_image(tmp_path: Path) -> None:
+    from PIL import Image
+
+    name = os.fsdecode(b"my  caf\xe9\n1.png")
+    path = tmp_path / name
+    Image.fromarray(noise(48, 48)).save(tmp_path / "plain.png")
+    try:
+        path.write_bytes((tmp_path / "plain.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system stores no such name")
+    segmentation = segmenter(cat=discs((10, 10)))(path, ["cat"])
+    folder = segmentation.save(tmp_path / "out")
+    (image,) = json.loads((folder / "masks.json").read_text())["images"]
+    assert os.fsencode(image["file_name"]) == b"my  caf\xe9\n1.png"
+    assert segmentation.to_coco("other.png")["images"][0]["file_name"] == "other.png"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What the sentences name in my caf 1.png" in page
+    assert segmenter(cat=discs((10, 10)))(noise(48, 48), ["cat"]).file_name == "image"
 
 
 def test_ground_of_what_is_not_meant_does_not_count() -> None:

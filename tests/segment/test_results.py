@@ -22,6 +22,7 @@ def test_mask_of_a_sentence_is_all_that_it_names(segmentation: Segmentation) -> 
     both = rectangle(2, 3, 12, 9) | rectangle(40, 20, 50, 30)
     assert np.array_equal(segmentation["cat"].mask, both)
     assert np.array_equal(segmentation["  cat "].mask, both)
+    assert segmentation["Cat."] is segmentation["CAT"] is segmentation["cat"]
     assert not segmentation["horse"].mask.any()
     assert segmentation["dog"].present and not segmentation["horse"].present
     with pytest.raises(InputError, match=r"'cow' was not asked for; .*: 'cat', 'horse', 'dog'"):
