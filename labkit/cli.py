@@ -203,8 +203,15 @@ def bench_segment(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine offers: versions, device, precision, disk and cache."""
+def doctor(
+    models: Annotated[
+        bool, typer.Option("--models", help="Download CLIPSeg and SAM-2 tiny (0.8 GB), and check.")
+    ] = False,
+) -> None:
+    """Show what this machine offers: versions, device, precision, disk and cache.
+
+    With --models, compare the published models with figures that others published of them.
+    """
     import shutil
 
     from labkit.files import get_cache_dir
@@ -220,6 +227,29 @@ def doctor() -> None:
     print(f"{'precision':<14}{resolve_precision('auto', device).name}")
     print(f"{'disk':<14}{shutil.disk_usage(existing).free / 2**30:.1f} GiB free at {existing}")
     print(f"{'cache':<14}{size / 2**20:.0f} MiB in {cache}")
+    if models:
+        _check_models()
+
+
+def _check_models() -> None:
+    """Print the figures of the published models beside those of others.
+
+    Raises:
+        LabkitError: they differ.
+    """
+    from labkit.images import load_image
+    from labkit.runtime import LabkitError
+    from labkit.segment.examples import CATS, TRUCK, compare_published
+    from labkit.segment.pipeline import TextSegmenter
+
+    segmenter = TextSegmenter.from_profile("full", sam2="tiny")
+    comparisons = compare_published(segmenter, load_image(CATS), load_image(TRUCK))
+    for comparison in comparisons:
+        print(f"{comparison.name}: {'agrees' if comparison.agrees else 'DIFFERS'}")
+        print(f"  published {', '.join(map(str, comparison.published))}")
+        print(f"  measured  {', '.join(map(str, comparison.measured))}")
+    if not all(comparison.agrees for comparison in comparisons):
+        raise LabkitError("the published models do not give the published figures here")
 
 
 @contextlib.contextmanager

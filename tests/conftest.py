@@ -86,3 +86,11 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_sam2(folder / "sam2")
     yield folder
     shutil.rmtree(folder)  # pytest would keep the last three, 0.8 GB each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the internet are skipped unless LABKIT_NETWORK says that it is there."""
+    if not os.environ.get("LABKIT_NETWORK"):
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(pytest.mark.skip(reason="needs the internet: set LABKIT_NETWORK=1"))

@@ -137,6 +137,21 @@ class ClipSeg:
         )
         return np.concatenate(maps)
 
+    def predict_square(self, sentence: str, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Predict the map of one sentence as the model gives it, squashed to a square.
+
+        Args:
+            sentence: a few words, used without a template.
+            image: (H, W, 3) uint8 RGB.
+
+        Returns:
+            (image_size, image_size) float32 in [0, 1].
+        """
+        square = (self.image_size, self.image_size)
+        maps = self._decode(self._encode(image), self._embed([sentence], ["{}"]), square)
+        heat: NDArray[np.float32] = maps[0]
+        return heat
+
     @torch.inference_mode()
     def _encode(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """Outputs (1, 1 + T, embed_dim) of the vision layers that the decoder reads."""
