@@ -12,6 +12,10 @@ import pytest
 
 from tests.loopback import LoopbackHub, LoopbackServer
 
+# The threads of a small network wait for each other far longer than they compute, above all on a
+# busy machine. Torch, here and in the processes that tests start, reads it when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def labkit_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

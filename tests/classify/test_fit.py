@@ -211,18 +211,18 @@ def newest_step(folder: Path) -> int:
 def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(tiny_config, epochs=40)
+    config = dataclasses.replace(tiny_config, epochs=12)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(command(config, killed), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     try:
-        while newest_step(killed) < 10:
+        while newest_step(killed) < 6:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
-    assert 10 <= newest_step(killed) < 160 and not (killed / "metrics.json").exists()
+    assert 6 <= newest_step(killed) < 48 and not (killed / "metrics.json").exists()
     for folder in (killed, whole):
         subprocess.run(command(config, folder), check=True, stderr=subprocess.DEVNULL)
     from safetensors.torch import load_file
@@ -239,7 +239,7 @@ def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> N
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
     arguments = [json.dumps(config.to_json())]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     for prefix, folder in ((launch, "two"), ([sys.executable], "one")):
         subprocess.run(
