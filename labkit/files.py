@@ -160,17 +160,28 @@ def compute_checksums(paths: Sequence[Path], *, hints: Path) -> list[str]:
     """
     from tqdm.auto import tqdm
 
-    remembered = _read_hints(hints)
-    hidden = not is_interactive()
-    with ThreadPoolExecutor(READERS) as pool:
-        hashed = pool.map(lambda path: _recall_or_compute(path, remembered), paths)
-        progress = tqdm(hashed, "checking", len(paths), unit="file", disable=hidden)
-        rows = dict(zip(map(os.fspath, paths), progress, strict=True))
-    settled = {path: [*state, digest] for path, (digest, state) in rows.items() if state}
+    remembered, now = _read_hints(hints), time.time_ns()
+    states = [_read_state(path) for path in paths]
+    digests = [_recall(remembered, path, state) for path, state in zip(paths, states, strict=True)]
+    unknown = [index for index, digest in enumerate(digests) if not digest]
+    hidden = not unknown or not is_interactive()
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        tqdm(total=len(unknown), desc="reading", unit="file", disable=hidden) as progress,
+    ):
+        computed = pool.map(_hash_file, [paths[index] for index in unknown])
+        for index, digest in zip(unknown, computed, strict=True):
+            digests[index] = digest
+            progress.update()
+    settled = {
+        os.fspath(path): [*state, digest]
+        for path, state, digest in zip(paths, states, digests, strict=True)
+        if _is_settled(state, now)
+    }
     if settled != remembered:
         with contextlib.suppress(SourceError):
             write_text(hints, json.dumps(settled))
-    return [rows[os.fspath(path)][0] for path in paths]
+    return digests
 
 
 def _read_hints(path: Path) -> dict[str, Any]:
@@ -181,22 +192,39 @@ def _read_hints(path: Path) -> dict[str, Any]:
     return rows if isinstance(rows, dict) else {}
 
 
-def _recall_or_compute(path: Path, remembered: dict[str, Any]) -> tuple[str, list[int]]:
-    """The checksum of a file, and the state that identifies it; an unsettled file has none."""
+def _read_state(path: Path) -> list[int]:
+    """Size, times of change and inode of a file: they differ where its content does."""
     try:
-        status, now = path.stat(), time.time_ns()
-        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        row = remembered.get(os.fspath(path))
-        if isinstance(row, list) and row[:-1] == state and isinstance(row[-1], str):
-            return row[-1], state
-        digest = compute_checksum(path)
+        status = path.stat()
     except OSError as error:
-        raise SourceError(
-            f"{path} could not be read: {error.strerror or error}; check its permissions and disk"
-        ) from error
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        raise _unreadable(path, error) from error
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _recall(remembered: dict[str, Any], path: Path, state: list[int]) -> str:
+    """The checksum that is remembered of a file in this state; empty if there is none."""
+    row = remembered.get(os.fspath(path))
+    return str(row[-1]) if isinstance(row, list) and row[:-1] == state else ""
+
+
+def _is_settled(state: list[int], now: int) -> bool:
+    """Whether a file last changed more than a tick of its clock before `now`."""
+    changed = max(state[1:3])
     tick = FINE_CLOCK_NS if changed % 1_000_000_000 else COARSE_CLOCK_NS
-    return digest, state if changed + tick < now else []
+    return changed + tick < now
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return compute_checksum(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(
+        f"{path} could not be read: {error.strerror or error}; check its permissions and disk"
+    )
 
 
 def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
