@@ -417,7 +417,8 @@ def scale_to_uint8(array: NDArray[Any], label: str = "image") -> NDArray[np.uint
 
     `uint8` stays as it is, and `bool` becomes 0 and 255. `uint16` is divided by 257 and rounded,
     so that 65535 becomes 255. 32-bit integers count as 16 bits (see `narrow_to_uint16`). Floats
-    must lie in [0, 1] and are multiplied by 255 and rounded.
+    must lie in [0, 1] and are multiplied by 255 and rounded. (Of colours of 16 bits in a file,
+    Pillow itself keeps the upper 8.)
 
     Args:
         array: numbers of any shape.
@@ -471,6 +472,9 @@ def check_above_8_bits(array: NDArray[Any], label: str) -> None:
     """Raise InputError if an array of 32-bit integers holds nothing above 255, but is not black.
 
     Its numbers are most likely 8-bit colours, and would become black as 16-bit ones.
+
+    Example:
+        >>> check_above_8_bits(np.array([0, 40000], np.int32), "image")
     """
     if array.size and 0 < array.max() <= 255:
         raise InputError(

@@ -188,6 +188,12 @@ class ImageData:
 
         Raises:
             InputError: the names are other ones.
+
+        Example:
+            >>> images, labels = np.zeros((2, 8, 8, 3), np.uint8), [0, 1]
+            >>> data = ImageData.from_splits((images, labels), (images, labels))
+            >>> data.reorder_classes(("1", "0")).test.labels.tolist()
+            [1, 0]
         """
         train, test = (split.reorder_classes(classes) for split in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)

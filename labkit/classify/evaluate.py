@@ -71,6 +71,12 @@ def match_training(
 
     Raises:
         InputError: the class names are other ones, or the images have another size.
+
+    Example:
+        >>> split = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ("cat", "dog"))
+        >>> data = ImageData.from_splits(split, split)
+        >>> match_training(data, ("dog", "cat"), 8, "the run").test.labels.tolist()
+        [1, 0]
     """
     height, width = data.test.images.shape[1:3]
     if (height, width) != (image_size, image_size):
@@ -84,7 +90,10 @@ def match_training(
     try:
         return data.reorder_classes(classes)
     except InputError as error:
-        raise InputError(f"{label} cannot be used on {data.name}: {error}") from error
+        raise InputError(
+            f"{label} cannot be used on {data.name}: {error}. Give the data the class names of "
+            "the run: labkit.Split(images, labels, classes)"
+        ) from error
 
 
 def evaluate(

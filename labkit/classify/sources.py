@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import tarfile
 import warnings
 import zlib
@@ -52,7 +53,7 @@ SPLITS = ("train", "test")
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 PARQUET_FOLDERS = ("", "plain_text", "data", "cifar100")
 IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 SCENE_COUNTS = {"train": 20_000, "test": 4_000}
 SCENE_SEEDS = {"train": 0, "test": 1}
 SCENES_HASHED = 200
@@ -381,17 +382,31 @@ def _read_parquet(files: Mapping[str, Sequence[Path]], image_size: int) -> Conte
     """Parquet files with an encoded image and its class in each row.
 
     The image is in the field `bytes` of the column `img`, as in CIFAR-10 and CIFAR-100, or
-    `image`; its class is in the column `label` or `fine_label`. An image of `img` has the size
-    that was asked for; of an image of `image` the central square is resized to it. Class names
-    come from the `huggingface` metadata of the first training file.
+    `image`; its class is in the column `label`, `labels` or `fine_label`. An image of `img` must
+    have the size that was asked for; of an image of `image` the central square is resized to it.
+    Class names come from the `huggingface` metadata of the first training file.
+
+    Raises:
+        InputError: a file is missing among those of a split, damaged, or of another layout.
     """
     counts, classes = {}, None
     for split in SPLITS:
+        _check_parts(files[split])
         schemas = [_check_parquet(path) for path in files[split]]
         counts[split] = sum(count for count, _ in schemas)
         classes = classes or schemas[0][1]
     batches = {split: _decode_parquet(files[split], image_size) for split in SPLITS}
     return Content(classes, batches, counts)
+
+
+def _check_parts(files: Sequence[Path]) -> None:
+    """Raise InputError unless all files are there of which their names give the number."""
+    match = re.search(r"-of-(\d{5})", files[0].name)
+    if match and int(match[1]) != len(files):
+        raise InputError(
+            f"{files[0].parent} holds {len(files)} of the {int(match[1])} files that belong to "
+            f"{files[0].name}; copy the missing ones"
+        )
 
 
 def _check_parquet(path: Path) -> tuple[int, tuple[str, ...] | None]:

@@ -362,6 +362,26 @@ def test_a_data_set_cloned_from_the_hub_is_read(tmp_path: Path, split: str) -> N
     assert bool(loaded.remarks) == (split != "test")
 
 
+@pytest.mark.parametrize(("column", "label"), [("image", "labels"), ("img", "fine_label")])
+def test_columns_have_the_names_that_data_sets_of_the_hub_give_them(
+    tmp_path: Path, column: str, label: str
+) -> None:
+    cells = [png(image) for image in TEST[0][:3]]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}-00000-of-00001.parquet"
+        write_cells(path, column, cells, label, names="abc")
+    loaded = load_data(str(tmp_path))
+    np.testing.assert_array_equal(loaded.test.images, TEST[0][:3])
+    assert (loaded.classes, loaded.test.labels.tolist()) == (("a", "b", "c"), [0, 1, 2])
+
+
+def test_a_missing_parquet_file_is_no_silent_loss(parquet_folder: Path) -> None:
+    path = parquet_folder / HUB_FILES["train"]
+    path.rename(path.with_name("train-00001-of-00002.parquet"))
+    with pytest.raises(InputError, match=r"holds 1 of the 2 files .* copy the missing ones"):
+        load_data(str(parquet_folder))
+
+
 def write_cifar100(folder: Path) -> dict[str, bytes]:
     """A small CIFAR-100 in the layout of the hub: its two files."""
     bodies = {}
