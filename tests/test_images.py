@@ -283,7 +283,6 @@ def test_heic_is_read_by_the_plug_in(head: bytes, monkeypatch: pytest.MonkeyPatc
         return Image.open(io.BytesIO(file.read()[len(head) :]), formats=["PNG"])
 
     def register() -> None:
-        monkeypatch.setattr(Image, "ID", [*Image.ID])
         monkeypatch.setitem(Image.OPEN, "HEIF", (open_stand_in, None))
 
     plug_in = SimpleNamespace(register_heif_opener=register)

@@ -64,7 +64,7 @@ TORONTO_TIMEOUT = 60.0
 
 EXPECTED = (
     "'hub', 'toronto', 'cifar100', 'scenes' or a folder that holds one of: "
-    "[data/]train-*.parquet and test-*.parquet; "
+    "[data/ or plain_text/]train-*.parquet and test-*.parquet; "
     "[cifar-10-batches-py/]data_batch_1 to data_batch_5 and test_batch; "
     "train/<class>/* and test/<class>/* (or val/<class>/*)"
 )
@@ -156,10 +156,7 @@ def find_source(source: str, *, cache: Path, image_size: int = CIFAR10_SIZE) -> 
     """
     table, size = CIFAR10_SOURCES, CIFAR10_SIZE
     if source in ("hub", "toronto", "cifar100", "scenes") and image_size != size:
-        raise InputError(
-            f"image_size must be {size} for {source!r}, got {image_size}; "
-            "only the images of a folder can have another size"
-        )
+        raise _refuse_size(source, image_size)
     if source == "hub":
         digests = [digest for _, digest in table.hub_files.values()]
         return Source(source, "CIFAR-10", size, _hash(digests), _read_hub)
@@ -171,6 +168,13 @@ def find_source(source: str, *, cache: Path, image_size: int = CIFAR10_SIZE) -> 
     if source == "scenes":
         return Source(source, "demo scenes", size, _hash_scenes(), _read_scenes)
     return _find_folder(source, cache, image_size)
+
+
+def _refuse_size(source: str, image_size: int) -> InputError:
+    return InputError(
+        f"image_size must be {CIFAR10_SIZE} for {source!r}, got {image_size}; "
+        "only image files, in folders or in parquet, can have another size"
+    )
 
 
 def _find_folder(source: str, cache: Path, image_size: int) -> Source:
@@ -192,7 +196,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
         paths = {s: [folder / file for file in CIFAR10_BATCHES[s]] for s in SPLITS}
         if all(path.is_file() for s in SPLITS for path in paths[s]):
             if image_size != CIFAR10_SIZE:
-                raise InputError(f"image_size must be {CIFAR10_SIZE} for {source!r}")
+                raise _refuse_size(source, image_size)
             marks = [compute_checksum(path) for s in SPLITS for path in paths[s]]
             read = partial(_read_cifar10_folder, paths)
             return Source("batches", name, CIFAR10_SIZE, _hash(marks), read)
