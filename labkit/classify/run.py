@@ -257,6 +257,7 @@ def collect_facts(
         "preset": config.preset,
         "data": data.source,
         "data_name": data.name,
+        "data_fingerprint": data.fingerprint,
         **remarks,
         "seed": config.seed,
         "epochs": config.epochs,
@@ -319,10 +320,20 @@ def load_run(
     source = config.data if data is None else data
     if isinstance(source, str | Path):
         source = load_data(str(source), image_size=config.image_size)
-    data = match_training(source, saved.get("classes"), config.image_size, str(folder))
+    images = match_training(source, saved.get("classes"), config.image_size, str(folder))
+    if saved.get("data_fingerprint", images.fingerprint) != images.fingerprint:
+        if data is None:
+            logger.warning(
+                "%s has changed since %s was trained: the metrics are those of the images that "
+                "are there now",
+                images.source,
+                folder,
+            )
+        saved["evaluated_on"] = images.name
+        saved["evaluated_on_fingerprint"] = images.fingerprint
     target = pick_device(device)
     if model is None:
-        model = create_from_config(config, len(data.classes), pretrained=False)
+        model = create_from_config(config, len(images.classes), pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
@@ -330,7 +341,7 @@ def load_run(
     model.eval()
     metrics = evaluate(
         model,
-        data.test,
+        images.test,
         mean=config.mean,
         std=config.std,
         precision=_resolve_for(config, target),
@@ -339,7 +350,7 @@ def load_run(
     return Run(
         config=config,
         model=model,
-        data=data,
+        data=images,
         history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},

@@ -120,6 +120,25 @@ def test_other_data_is_loaded_at_the_size_of_the_run_and_measured(
         )
 
 
+def test_a_run_says_what_it_was_measured_on(
+    tiny_config: TrainConfig,
+    image_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = dataclasses.replace(tiny_config, data=str(image_folder), epochs=1, batch_size=4)
+    run = fit(config, out=tmp_path / "run", device="cpu")
+    assert run.facts["data_fingerprint"] == run.data.fingerprint
+    caplog.clear()
+    same = load_run(tmp_path / "run", device="cpu")
+    assert same.facts == run.facts and not caplog.records
+    Image.new("RGB", (40, 40)).save(image_folder / "test" / "ant" / "9.png")
+    changed = load_run(tmp_path / "run", device="cpu")
+    assert "has changed since" in caplog.text
+    assert changed.facts["evaluated_on_fingerprint"] == changed.data.fingerprint
+    assert changed.facts["data_fingerprint"] == run.data.fingerprint
+
+
 def test_data_of_other_classes_or_another_size_is_refused(
     run: Run, squares: ImageData, image_folder: Path
 ) -> None:
