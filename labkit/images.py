@@ -45,7 +45,7 @@ REMEDIES = {
     "AVIF": "update Pillow to 11.3 or later (pip install -U pillow), or convert it to PNG or JPEG",
     "HEIC": "pip install pillow-heif, or convert it to PNG or JPEG",
 }
-STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # and WebP, HEIC, AVIF
+STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 HEAD = 64  # bytes of a file that tell its format
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_PIXELS = 100_000_000
@@ -278,7 +278,8 @@ def is_image_file(path: Path) -> bool:
         return True
     head = _read_head(path)
     is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    return head.startswith(STARTS) or is_webp or bool(_identify_heif(head))
+    is_bmp = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return head.startswith(STARTS) or is_webp or is_bmp or bool(_identify_heif(head))
 
 
 def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], list[Path]]:

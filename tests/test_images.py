@@ -308,7 +308,7 @@ def test_folders_are_listed_as_users_have_them(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.jpeg", "c.Jfif", "d.PPM", "._b.JPG", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).touch()
     (tmp_path / "no-suffix").write_bytes(PNG)
-    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "notes.txt").write_text("BM is how bitmaps begin")
     for name in ("cat.jpg", ".hidden", "__MACOSX"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.heic").touch()
@@ -317,6 +317,16 @@ def test_folders_are_listed_as_users_have_them(tmp_path: Path) -> None:
     assert list_names(tmp_path) == [images, others]
     images.remove("cat.jpg/x.heic")
     assert list_names(tmp_path, recursive=False) == [images, others]
+
+
+@pytest.mark.parametrize("format", images.FORMATS[:-1])
+def test_images_are_known_by_their_start_where_the_suffix_says_nothing(
+    tmp_path: Path, format: str
+) -> None:
+    (tmp_path / "image").write_bytes(encode(Image.fromarray(RGB), format))
+    (tmp_path / "photo").write_bytes(make_head(b"heic", b"mif1"))
+    (tmp_path / "film").write_bytes(make_head(b"isom"))
+    assert list_names(tmp_path) == [["image", "photo"], ["film"]]
 
 
 def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:

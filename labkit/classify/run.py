@@ -320,6 +320,11 @@ def load_run(
     source = config.data if data is None else data
     if isinstance(source, str | Path):
         source = load_data(str(source), image_size=config.image_size)
+    if not isinstance(source, ImageData):
+        raise InputError(
+            "data must be a source or labkit.ImageData.from_splits(train, test), "
+            f"got {type(source).__name__}"
+        )
     images = match_training(source, saved.get("classes"), config.image_size, str(folder))
     if saved.get("data_fingerprint", images.fingerprint) != images.fingerprint:
         if data is None:

@@ -143,6 +143,8 @@ def test_data_of_other_classes_or_another_size_is_refused(
     run: Run, squares: ImageData, image_folder: Path
 ) -> None:
     assert run.folder is not None
+    with pytest.raises(InputError, match=r"data must be a source or .*, got Split"):
+        load_run(run.folder, data=squares.test)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"cannot be used on animals: .*'red', .*got 2"):
         load_run(run.folder, data=image_folder)
     renamed = [
