@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from labkit.files import compute_checksum, compute_checksums, download, download_from_hub
 from labkit.images import is_system_file, list_images, open_image, to_rgb
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, as_one_line
 
 Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (B, H, W, 3) RGB and their labels (B,)."""
@@ -517,7 +517,7 @@ def _find_image_folder(
     ):
         if paths:
             paths.sort(key=lambda path: (is_system_file(path.name), path.parts))
-            names = _name_some([path.relative_to(root).as_posix() for path in paths])
+            names = _name_some([as_one_line(path.relative_to(root).as_posix()) for path in paths])
             remarks += (f"left out {len(paths)} files that {reason}: {names}",)
     labelled = {
         split: [(path, label) for label, name in enumerate(train) for path in files[split][name]]
@@ -544,7 +544,8 @@ def _list_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
             files[path.name], rest = list_images(path)
             others += rest
             if not files[path.name]:
-                holds = f", only {_name_some([p.name for p in rest])}" if rest else ""
+                names = _name_some([as_one_line(other.name) for other in rest])
+                holds = f", only {names}" if rest else ""
                 raise InputError(f"{folder}: no image in the class folder {path.name}{holds}")
     return files, others
 

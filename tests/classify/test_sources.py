@@ -777,6 +777,16 @@ def test_names_that_are_no_text_are_names_too(image_folder: Path) -> None:
     assert load_data(str(image_folder)).classes == ("cat", name)
 
 
+def test_names_that_are_no_text_are_told_as_text(image_folder: Path) -> None:
+    path = os.path.join(os.fsencode(image_folder / "train" / "ant"), b"na\xefve\nname.txt")
+    try:
+        Path(os.fsdecode(path)).touch()
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    (remark,) = load_data(str(image_folder)).remarks
+    assert remark.isprintable() and "train/ant/na ve name.txt" in remark
+
+
 # ---------------------------------------------------------------- depth
 
 
