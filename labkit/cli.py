@@ -34,7 +34,7 @@ def _setup() -> None:
 @app.command()
 def train(
     preset: Annotated[str, typer.Option(help="Name of the recipe.")] = "seed-resnet18",
-    data: Annotated[str, typer.Option(help="hub, toronto, scenes, or a folder.")] = "hub",
+    data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
     epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
@@ -83,10 +83,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure a finished run again, and write its report anew."""
-    from labkit.classify.data import load_data
     from labkit.classify.run import load_run
 
-    loaded = load_run(run, data=None if data is None else load_data(data), device=device)
+    loaded = load_run(run, data=data, device=device)
     if data is None:
         loaded.report()
     _print_metrics(loaded)

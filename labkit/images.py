@@ -18,6 +18,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -31,8 +32,22 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes the MPO of telephones
+SUFFIXES = {
+    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # JPEG includes telephones' MPO
+BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIC": {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1"},
+}
+REMEDIES = {
+    "AVIF": "update Pillow to 11.3 or later (pip install -U pillow), or convert it to PNG or JPEG",
+    "HEIC": "pip install pillow-heif, or convert it to PNG or JPEG",
+}
+STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+HEAD = 64  # bytes of a file that tell its format
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_PIXELS = 100_000_000
 ORIENTATION = 0x0112  # EXIF
 MAX_REDIRECTS = 5
@@ -52,13 +67,13 @@ def load_image(
     """Load `source` upright as (H, W, 3) uint8 RGB, in a new C-contiguous array.
 
     Transparent pixels are blended with white. Of several frames the first is taken. Colour
-    profiles are ignored. 16-bit grey is divided by 257; Pillow's mode "I" counts as 16-bit grey.
-    Floats must lie in [0, 1].
+    profiles are ignored. `scale_to_uint8` says what becomes of numbers of more than 8 bits. AVIF
+    needs Pillow 11.3, HEIC the package pillow-heif.
 
     Args:
         source: a path, an http or https URL, the bytes of an image file, a PIL image, or an array
-            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of bool, uint8, uint16 or float. `fetch`
-            says how a URL is fetched.
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers that `scale_to_uint8` takes.
+            `fetch` says how a URL is fetched.
         max_pixels: the most pixels, checked before decoding. Pillow's own limit, twice
             `PIL.Image.MAX_IMAGE_PIXELS`, holds as well.
         max_bytes: the largest file, checked before reading and while it arrives.
@@ -173,7 +188,7 @@ def _read_file(path: str, label: str, max_bytes: int) -> bytes:
 
 def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray[np.uint8]:
     """Convert an image file or a PIL image, and turn every error of a decoder into one line."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, bytes) and re.match(rb"\W*(!doctype\s+)?html\b", source[:512], re.I):
         raise InputError(f"{label} is an HTML page; give the image in it")
@@ -182,21 +197,160 @@ def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here or harmless
             if isinstance(source, Image.Image):
                 return to_rgb(source, label, max_pixels=max_pixels)
-            with Image.open(io.BytesIO(source), formats=FORMATS) as image:
+            with open_image(source, label) as image:
                 return to_rgb(image, label, max_pixels=max_pixels)
     except LabkitError:
         raise
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{label} is no image in {', '.join(FORMATS)}, or its start is damaged; "
-            "convert it to PNG or download it again"
-        ) from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} has too many pixels: {error} Make it smaller.") from error
     except Exception as error:  # the decoders' errors have no common base
         raise InputError(
             f"{label} is damaged or cut short ({as_one_line(error)}); save or download it again"
         ) from error
+
+
+def open_image(file: bytes | Path, label: str) -> Image.Image:
+    """Open an image file in one of the formats that labkit reads, without decoding its pixels.
+
+    Args:
+        file: the content of the file, or its path.
+        label: the name of the image at the beginning of messages.
+
+    Raises:
+        InputError: it is no image, or it is HEIC or AVIF and this machine cannot decode that.
+
+    Example:
+        >>> open_image(b"P5 1 1 255 x", "a grey pixel").size
+        (1, 1)
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    formats: tuple[str, ...] = FORMATS
+    kind = _identify_heif(_read_head(file))
+    if kind:
+        if kind == "HEIC":
+            with contextlib.suppress(ImportError):
+                import pillow_heif
+
+                pillow_heif.register_heif_opener()
+        Image.init()
+        formats = tuple(name for name in ("AVIF", "HEIF") if name in Image.OPEN)
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+    except UnidentifiedImageError as error:
+        if kind:
+            raise InputError(
+                f"{label} is {kind}, which cannot be read here, or damaged; {REMEDIES[kind]}"
+            ) from error
+        raise InputError(
+            f"{label} is no image in {', '.join(FORMATS)}, or its start is damaged; "
+            "convert it to PNG or download it again"
+        ) from error
+
+
+def _read_head(file: bytes | Path) -> bytes:
+    if isinstance(file, bytes):
+        return file[:HEAD]
+    with file.open("rb") as opened:
+        return opened.read(HEAD)
+
+
+def _identify_heif(head: bytes) -> str:
+    """`HEIC` or `AVIF` by the brands at the start of a file; empty for every other format."""
+    if head[4:8] != b"ftyp":
+        return ""
+    end = int.from_bytes(head[:4], "big")
+    brands = {head[start : start + 4] for start in (8, *range(16, min(end, len(head)), 4))}
+    return next((kind for kind, names in BRANDS.items() if brands & names), "")
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a file has the suffix of an image, in any case, or begins as an image does.
+
+    Raises:
+        OSError: the file cannot be read.
+
+    Example:
+        >>> is_image_file(Path("photos/IMG_0001.JPG"))
+        True
+    """
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    head = _read_head(path)
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    is_bmp = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return head.startswith(STARTS) or is_webp or is_bmp or bool(_identify_heif(head))
+
+
+def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], list[Path]]:
+    """List the image files in a folder, and what else is in it, both in order of path.
+
+    Hidden files and folders, and what systems leave behind, such as `._photo.jpg` and
+    `Thumbs.db`, are no images. Links are followed.
+
+    Args:
+        folder: the folder.
+        recursive: list the folders in it too; otherwise they are left out of both lists.
+
+    Returns:
+        The image files, and every other file and hidden folder.
+
+    Raises:
+        SourceError: a folder or file could not be read, or a link leads nowhere or in a circle.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("b.PNG", "a.jpg", "._a.jpg", "notes.txt"):
+        ...     (folder / name).touch()
+        >>> [[path.name for path in paths] for paths in list_images(folder)]
+        [['a.jpg', 'b.PNG'], ['._a.jpg', 'notes.txt']]
+    """
+    images: list[Path] = []
+    others: list[Path] = []
+    try:
+        for path, is_visible_file in _walk(folder, recursive, ()):
+            (images if is_visible_file and is_image_file(path) else others).append(path)
+    except OSError as error:
+        if isinstance(error, LabkitError):
+            raise
+        name = error.filename or folder
+        raise SourceError(
+            f"{name} could not be read: {error.strerror or error}; check its permissions and disk"
+        ) from error
+    return sorted(images, key=lambda path: path.parts), sorted(others, key=lambda path: path.parts)
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether a file or folder is hidden or one that a system leaves behind.
+
+    Example:
+        >>> [is_system_file(name) for name in ("._cat.jpg", "Thumbs.db", "cat.jpg")]
+        [True, True, False]
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def _walk(
+    folder: Path, recursive: bool, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[Path, bool]]:
+    """What is below `folder`, and whether it is a visible file; hidden folders are not entered."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in above:
+        raise SourceError(f"{folder} is a link that leads in a circle; remove it")
+    with os.scandir(folder) as listing:
+        entries = list(listing)
+    for entry in entries:
+        path = folder / entry.name
+        if is_system_file(entry.name):
+            yield path, False
+        elif entry.is_dir():
+            if recursive:
+                yield from _walk(path, recursive, (*above, (status.st_dev, status.st_ino)))
+        elif entry.is_symlink() and not path.exists():
+            raise SourceError(f"{path} is a link that leads nowhere; mend or remove it")
+        else:
+            yield path, entry.is_file()
 
 
 def to_rgb(
@@ -222,12 +376,7 @@ def to_rgb(
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         numbers = np.asarray(image)
         if image.mode == "I":
-            if numbers.min() < 0 or numbers.max() > 65535:
-                raise InputError(
-                    f"{label} holds numbers from {numbers.min()} to {numbers.max()}; "
-                    "16 bits (0 to 65535) are understood: scale it, or save it as 8-bit PNG"
-                )
-            numbers = numbers.astype(np.uint16)
+            numbers = narrow_to_uint16(numbers, label)
         pixels = _convert_array(numbers, label, max_pixels)
         if "transparency" in image.info:  # of a 16-bit PNG: one value is transparent
             pixels[numbers == image.info["transparency"]] = 255
@@ -258,24 +407,46 @@ def _convert_array(array: NDArray[Any], label: str, max_pixels: int) -> NDArray[
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
         raise InputError(f"{label} must be (H, W) or (H, W, 1, 3 or 4), got shape {shape}")
     _check_pixels(shape[1], shape[0], label, max_pixels)
-    pixels = _scale_to_uint8(array, label).reshape(*shape[:2], -1)  # (H, W, channels)
+    pixels = scale_to_uint8(array, label).reshape(*shape[:2], -1)  # (H, W, channels)
     if pixels.shape[2] == 4:
         return _blend_with_white(pixels)
     return np.array(np.broadcast_to(pixels, (*shape[:2], 3)), order="C")
 
 
-def _scale_to_uint8(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
-    """Scale `array` from the full range of its type to 0..255."""
+def scale_to_uint8(array: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
+    """Scale numbers of any depth to 0..255; images from every source follow this one rule.
+
+    `uint8` stays as it is, and `bool` becomes 0 and 255. `uint16` is divided by 257 and rounded,
+    so that 65535 becomes 255. 32-bit integers count as 16 bits (see `narrow_to_uint16`). Floats
+    must lie in [0, 1] and are multiplied by 255 and rounded. (Of colours of 16 bits in a file,
+    Pillow itself keeps the upper 8.)
+
+    Args:
+        array: numbers of any shape.
+        label: the name of the image at the beginning of messages.
+
+    Raises:
+        InputError: the type is another one, or a number is out of range.
+
+    Example:
+        >>> scale_to_uint8(np.array([0, 257, 65535], np.uint16)).tolist()
+        [0, 1, 255]
+        >>> scale_to_uint8(np.array([0, 0.5, 1])).tolist()
+        [0, 128, 255]
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
+    if is_32_bit(array.dtype):
+        check_above_8_bits(array, label)
+        array = narrow_to_uint16(array, label)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind != "f":
         raise InputError(
-            f"{label} must hold uint8, uint16, bool or float, got {array.dtype}; "
-            "scale it to 0..255 and use array.astype('uint8')"
+            f"{label} must hold uint8, uint16, 32-bit integers, bool or float, "
+            f"got {array.dtype}; scale it to 0..255 and use array.astype('uint8')"
         )
     low, high = float(array.min()), float(array.max())
     if not np.isfinite([low, high]).all():  # a NaN anywhere makes both NaN
@@ -286,6 +457,50 @@ def _scale_to_uint8(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
             "divide by the largest possible value, for example 255"
         )
     return np.asarray(np.rint(array.astype(np.float32) * 255), np.uint8)
+
+
+def is_32_bit(dtype: np.dtype[Any]) -> bool:
+    """Return whether `dtype` is one of integers of 32 bits, with or without a sign.
+
+    Example:
+        >>> is_32_bit(np.dtype(np.int32)), is_32_bit(np.dtype(np.float32))
+        (True, False)
+    """
+    return dtype.kind in "iu" and dtype.itemsize == 4
+
+
+def check_above_8_bits(array: NDArray[Any], label: str) -> None:
+    """Raise InputError if an array of 32-bit integers holds nothing above 255, but is not black.
+
+    Its numbers are most likely 8-bit colours, and would become black as 16-bit ones.
+
+    Example:
+        >>> check_above_8_bits(np.array([0, 40000], np.int32), "image")
+    """
+    if array.size and 0 < array.max() <= 255:
+        raise InputError(
+            f"{label} holds {array.dtype} from {array.min()} to {array.max()}; use "
+            "array.astype('uint8') if 255 means white, array.astype('uint16') if 65535 does"
+        )
+
+
+def narrow_to_uint16(array: NDArray[Any], label: str) -> NDArray[np.uint16]:
+    """Convert integers that must lie in 0..65535, the range of 16 bits, to uint16.
+
+    Raises:
+        InputError: a number is outside that range.
+
+    Example:
+        >>> narrow_to_uint16(np.array([0, 65535], np.int32), "image").tolist()
+        [0, 65535]
+    """
+    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    if low < 0 or high > 65535:
+        raise InputError(
+            f"{label} holds numbers from {array.min()} to {array.max()}; "
+            "16 bits (0 to 65535) are understood: scale it, or save it as 8-bit PNG"
+        )
+    return array.astype(np.uint16)
 
 
 def _blend_with_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,32 @@ def test_train_eval_and_refusal_to_overwrite(image_folder: Path, tmp_path: Path)
     again = labkit(*train, folder=tmp_path)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("labkit: out already holds a run")
+
+
+def test_eval_on_other_data_takes_the_image_size_of_the_run(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from labkit import TrainConfig, fit
+
+    config = TrainConfig(
+        data=str(image_folder),
+        image_size=48,
+        model="vit",
+        model_options={"patch_size": 12, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        epochs=1,
+    )
+    fit(config, out=tmp_path / "out", device="cpu")
+    report = (tmp_path / "out" / "report.html").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    (other / "test" / "dark" / "0.png").unlink()
+    command = ["labkit", "eval", str(tmp_path / "out"), "--data", str(other), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", command)
+        main()
+    assert not stop.value.code
+    assert "data            other" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").read_bytes() == report
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])

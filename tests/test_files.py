@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from labkit import files
 from labkit.files import (
     RETRIES,
+    compute_checksums,
     download,
     download_from_hub,
     has_digest,
@@ -114,6 +116,87 @@ def test_drive_without_folder_sync_is_no_failure(
     monkeypatch.setattr(os, "fsync", fsync)
     write_json(tmp_path / "value.json", 1)
     assert (tmp_path / "value.json").read_text() == "1\n"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose content is read for a checksum, from now on."""
+    names: list[str] = []
+    compute = files.compute_checksum
+
+    def record(path: Path, algorithm: str = "sha256") -> str:
+        names.append(path.name)
+        return compute(path, algorithm)
+
+    monkeypatch.setattr(files, "compute_checksum", record)
+    monkeypatch.setattr(files, "FINE_CLOCK_NS", 0)
+    return names
+
+
+def write_three(folder: Path) -> list[Path]:
+    paths = [folder / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 100)
+    time.sleep(0.05)  # longer than a tick of the clock of any file system that tests run on
+    return paths
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_each_file_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
+    paths, hints = write_three(tmp_path), tmp_path / "cache" / "hints.json"
+    expected = [sha256(path) for path in paths]
+    assert compute_checksums(paths, hints=hints) == expected
+    assert sorted(hashed) == ["a", "b", "c"]
+    assert compute_checksums(paths[::-1], hints=hints) == expected[::-1]
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in-place", "another-file"])
+def test_other_content_of_the_same_size_and_time_is_noticed(
+    tmp_path: Path, hashed: list[str], replace: bool
+) -> None:
+    paths, hints = write_three(tmp_path), tmp_path / "hints.json"
+    compute_checksums(paths, hints=hints)
+    status = paths[1].stat()
+    if replace:
+        paths[1].rename(tmp_path / "before")
+    paths[1].write_bytes(b"x" * 100)
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert paths[1].stat().st_mtime_ns == status.st_mtime_ns
+    assert compute_checksums(paths, hints=hints)[1] == sha256(paths[1])
+    assert sorted(hashed) == ["a", "b", "b", "c"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": 3}', "{"])
+def test_damaged_hints_only_cost_time(tmp_path: Path, hashed: list[str], text: str) -> None:
+    paths, hints = write_three(tmp_path), tmp_path / "hints.json"
+    hints.write_text(text)
+    for _ in range(2):
+        assert compute_checksums(paths, hints=hints) == [sha256(path) for path in paths]
+    assert len(hashed) == 3
+
+
+def test_hints_that_cannot_be_written_only_cost_time(tmp_path: Path) -> None:
+    paths = write_three(tmp_path)
+    assert len(compute_checksums(paths, hints=paths[0] / "hints.json")) == 3
+
+
+def test_a_file_that_changed_a_moment_ago_is_read_again(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "FINE_CLOCK_NS", 3600 * 10**9)
+    paths, hints = write_three(tmp_path), tmp_path / "hints.json"
+    for _ in range(2):
+        compute_checksums(paths, hints=hints)
+    assert len(hashed) == 6
+
+
+def test_a_file_that_cannot_be_hashed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"gone could not be read: No such file"):
+        compute_checksums([tmp_path / "gone"], hints=tmp_path / "hints.json")
 
 
 @pytest.mark.parametrize("digest", ["", "abc", "sha256:", "crc7:00"])
@@ -382,6 +465,12 @@ def test_html_page_from_the_hub_is_no_data(hub: LoopbackHub, method: str) -> Non
         download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
     got = download_from_hub("lab/model", "weights.bin", revision=COMMIT, digest=DIGEST)
     assert got.read_bytes() == BODY
+
+
+def test_a_hub_file_without_a_digest_is_not_checked(hub: LoopbackHub) -> None:
+    hub.add("lab/data", "a.bin", BODY, repo_type="dataset")
+    path = download_from_hub("lab/data", "a.bin", revision="main", digest=None, repo_type="dataset")
+    assert path.read_bytes() == BODY
 
 
 def test_stand_in_hub_lists_a_repository(hub: LoopbackHub) -> None:

@@ -6,17 +6,19 @@ import contextlib
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from labkit import images
-from labkit.images import describe, load_image
+from labkit.images import describe, list_images, load_image
 from labkit.runtime import InputError, LabkitError, SourceError
 from tests.loopback import Fault, LoopbackServer
 
@@ -221,6 +223,148 @@ def test_the_photographs_of_telephones_are_read() -> None:
     assert load_image(data).min() >= 254
 
 
+@pytest.mark.parametrize(("format", "mode"), [("PPM", "L"), ("PPM", "RGB"), ("PPM", "1")])
+def test_portable_pixmaps_are_read(format: str, mode: str) -> None:
+    image = Image.fromarray(RGB).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(load_image(encode(image, format)), expected)
+
+
+# ---------------------------------------------------------------- HEIC and AVIF
+
+
+def make_head(brand: bytes, *compatible: bytes) -> bytes:
+    """The box with which HEIC and AVIF files begin."""
+    body = b"ftyp" + brand + bytes(4) + b"".join(compatible)
+    return struct.pack(">I", 4 + len(body)) + body
+
+
+HEIC_HEADS = [make_head(b"heic", b"mif1"), make_head(b"mif1", b"heic"), make_head(b"heix")]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow decodes no AVIF")
+def test_avif_is_read_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(smooth(24, 40)), "AVIF", exif=exif, quality=100)
+    expected = np.rot90(smooth(24, 40), -1).astype(int)
+    path = tmp_path / "photo.AVIF"
+    path.write_bytes(data)
+    for source in (data, path):
+        assert np.abs(load_image(source) - expected).mean() < 5
+
+
+def test_avif_that_cannot_be_decoded_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    for head in (make_head(b"avif", b"mif1"), make_head(b"mif1", b"avif"), make_head(b"avis")):
+        assert "AVIF, which cannot be read here" in refusal(InputError, head + bytes(200))
+        assert "update Pillow to 11.3" in refusal(InputError, head + bytes(200))
+
+
+@pytest.mark.parametrize("head", HEIC_HEADS)
+def test_heic_without_the_plug_in_is_named_with_the_remedy(
+    head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    text = refusal(InputError, head + bytes(200))
+    assert "HEIC, which cannot be read here" in text and "pip install pillow-heif" in text
+
+
+@pytest.mark.parametrize("head", HEIC_HEADS)
+def test_heic_is_read_by_the_plug_in(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the plug-in decodes a PNG behind the head of a HEIC file."""
+
+    def open_stand_in(file: io.BytesIO, filename: str) -> Image.Image:
+        return Image.open(io.BytesIO(file.read()[len(head) :]), formats=["PNG"])
+
+    def register() -> None:
+        monkeypatch.setitem(Image.OPEN, "HEIF", (open_stand_in, None))
+
+    plug_in = SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
+    np.testing.assert_array_equal(load_image(head + PNG), RGB)
+
+
+def test_films_are_no_heic() -> None:
+    assert "is no image in PNG" in refusal(InputError, make_head(b"isom", b"mp42") + bytes(99))
+
+
+# ---------------------------------------------------------------- folders
+
+
+def list_names(folder: Path, **options: bool) -> list[list[str]]:
+    return [
+        [path.relative_to(folder).as_posix() for path in paths]
+        for paths in list_images(folder, **options)
+    ]
+
+
+def test_folders_are_listed_as_users_have_them(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.jpeg", "c.Jfif", "d.PPM", "._b.JPG", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).touch()
+    (tmp_path / "no-suffix").write_bytes(PNG)
+    (tmp_path / "notes.txt").write_text("BM is how bitmaps begin")
+    for name in ("cat.jpg", ".hidden", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.heic").touch()
+    images = ["a.jpeg", "b.JPG", "c.Jfif", "cat.jpg/x.heic", "d.PPM", "no-suffix"]
+    others = [".DS_Store", "._b.JPG", ".hidden", "Thumbs.db", "__MACOSX", "notes.txt"]
+    assert list_names(tmp_path) == [images, others]
+    images.remove("cat.jpg/x.heic")
+    assert list_names(tmp_path, recursive=False) == [images, others]
+
+
+@pytest.mark.parametrize("format", images.FORMATS[:-1])
+def test_images_are_known_by_their_start_where_the_suffix_says_nothing(
+    tmp_path: Path, format: str
+) -> None:
+    (tmp_path / "image").write_bytes(encode(Image.fromarray(RGB), format))
+    (tmp_path / "photo").write_bytes(make_head(b"heic", b"mif1"))
+    (tmp_path / "film").write_bytes(make_head(b"isom"))
+    assert list_names(tmp_path) == [["image", "photo"], ["film"]]
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(PNG)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    assert list_names(tmp_path / "images") == [["b.png", "folder/a.png"], []]
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path)
+    with pytest.raises(SourceError, match="circle is a link that leads in a circle"):
+        list_images(tmp_path)
+    (tmp_path / "circle").unlink()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=r"gone\.png is a link that leads nowhere"):
+        list_images(tmp_path)
+
+
+def test_an_unreadable_folder_inside_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.png").write_bytes(PNG)
+    scan = os.scandir
+
+    def deny(path: Any) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(SourceError, match="secret could not be read: Permission denied"):
+        list_images(tmp_path)
+
+
 def test_one_pixel_is_an_image() -> None:
     for source in (np.zeros((1, 1), np.uint8), encode(Image.new("1", (1, 1)))):
         assert load_image(source).tolist() == [[[0, 0, 0]]]
@@ -238,6 +382,9 @@ def test_one_pixel_is_an_image() -> None:
         (RGBA / 255, blend_with_white(RGBA)),
         (GREY16, np.stack([GREY16_AS_8] * 3, 2)),
         (GREY16.astype(">u2"), np.stack([GREY16_AS_8] * 3, 2)),
+        (GREY16.astype(np.int32), np.stack([GREY16_AS_8] * 3, 2)),
+        (GREY16.astype(">u4"), np.stack([GREY16_AS_8] * 3, 2)),
+        (np.zeros((1, 2), np.int32), np.zeros((1, 2, 3))),
         (np.array([[True, False]]), [[[255] * 3, [0] * 3]]),
         ((RGB / 255).astype(np.float32), RGB),
         (np.array([[0, 0.5, 1]], np.float16), [[[0] * 3, [128] * 3, [255] * 3]]),
@@ -258,6 +405,9 @@ def test_arrays_become_rgb(array: NDArray[Any], expected: Any) -> None:
         (np.zeros(8, np.uint8), "got shape (8,)"),
         (np.zeros((0, 9, 3), np.uint8), "9 x 0 pixels"),
         (np.zeros((8, 9), np.int64), "int64"),
+        (np.full((8, 9), 255, np.int32), "array.astype('uint8') if 255 means white"),
+        (np.full((8, 9), 65_536, np.uint32), "from 65536 to 65536"),
+        (np.full((8, 9), -1, np.int32), "from -1 to -1"),
         (np.full((2, 2), np.nan), "NaN"),
         (np.array([[0, np.inf]]), "NaN or infinity"),
         (np.array([[0.0, 254.5]]), "from 0 to 254.5"),

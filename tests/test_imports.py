@@ -72,6 +72,7 @@ IMPORT_NAMES = {
     "jinja2": "jinja2",
     "opencv-python": "cv2",
     "pillow": "PIL",
+    "pillow-heif": "pillow_heif",
     "scikit-image": "skimage",
     "tensorboard": "torch.utils.tensorboard",
 }
@@ -138,7 +139,7 @@ def test_every_dependency_is_imported_and_every_import_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = [*project["dependencies"], *extras["segment"]]
-    declared += [*extras["supervision"], *extras["tensorboard"]]
+    declared += [*extras["heic"], *extras["supervision"], *extras["tensorboard"]]
     names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in declared}
     modules = {IMPORT_NAMES.get(name, name) for name in names - NEEDED_BY_SAM2}
     used = set().union(*map(imported, PACKAGE.rglob("*.py")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,12 +17,20 @@ from numpy.typing import NDArray
 
 from labkit.classify.sources import SPLITS, Batch, Source, find_source
 from labkit.files import compute_checksum, get_cache_dir, lock_file, open_atomic, write_json
-from labkit.images import load_image, to_rgb
+from labkit.images import (
+    check_above_8_bits,
+    is_32_bit,
+    load_image,
+    narrow_to_uint16,
+    scale_to_uint8,
+    to_rgb,
+)
 from labkit.runtime import InputError, SourceError, is_interactive
 
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
+NAMED = 10  # classes that a message names; of further ones it says how many
 MANIFEST = "content.json"
 NORMALISED = (
     "they must lie in [0, 1]; leave out Normalize: labkit normalises with config.mean and "
@@ -71,6 +80,38 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def reorder_classes(self, classes: Sequence[str]) -> Split:
+        """The same images with labels that are positions in `classes`.
+
+        Args:
+            classes: the names of `self.classes` in any order.
+
+        Raises:
+            InputError: the names are other ones.
+
+        Example:
+            >>> split = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ("cat", "dog"))
+            >>> split.reorder_classes(("dog", "cat")).labels.tolist()
+            [1, 0]
+        """
+        wanted = tuple(classes)
+        if wanted == self.classes:
+            return self
+        if len(set(wanted)) != len(wanted) or sorted(wanted) != sorted(self.classes):
+            missing = _name_classes([name for name in wanted if name not in self.classes])
+            unknown = _name_classes([name for name in self.classes if name not in wanted])
+            raise InputError(
+                f"the classes must be the {len(wanted)} names {_name_classes(wanted)}, got "
+                f"{len(self.classes)}: missing {missing}, not among them {unknown}"
+            )
+        positions = np.array([wanted.index(name) for name in self.classes], np.int64)
+        return Split(self.images, positions[self.labels], wanted)
+
+
+def _name_classes(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (", ".join(map(repr, names[:NAMED])) or "none") + more
+
 
 ImagesAndLabels: TypeAlias = "Split | tuple[Any, Any] | Any"
 """A `Split`, a pair (images, labels), or a data set as torchvision has them (see `as_split`)."""
@@ -86,6 +127,8 @@ class ImageData:
         source: what was asked for: `hub`, `scenes`, a path …; `custom` for your own data.
         name: the name for titles.
         fingerprint: hex digits that identify the files, the code or the bytes of the pixels.
+        remarks: sentences that whoever reads the results should know, such as which files of a
+            folder were left out.
 
     Raises:
         InputError: the two splits differ in their classes or in the size of their images, or there
@@ -97,6 +140,7 @@ class ImageData:
     source: str
     name: str
     fingerprint: str
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train.classes != self.test.classes:
@@ -139,6 +183,21 @@ class ImageData:
         """Class names in the order of the labels."""
         return self.train.classes
 
+    def reorder_classes(self, classes: Sequence[str]) -> ImageData:
+        """The same data with labels that are positions in `classes`; see `Split`.
+
+        Raises:
+            InputError: the names are other ones.
+
+        Example:
+            >>> images, labels = np.zeros((2, 8, 8, 3), np.uint8), [0, 1]
+            >>> data = ImageData.from_splits((images, labels), (images, labels))
+            >>> data.reorder_classes(("1", "0")).test.labels.tolist()
+            [1, 0]
+        """
+        train, test = (split.reorder_classes(classes) for split in (self.train, self.test))
+        return dataclasses.replace(self, train=train, test=test)
+
     @property
     def note(self) -> str:
         """What every figure must say on its face; empty for real images."""
@@ -152,21 +211,25 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
 
     Args:
         source: `hub` (CIFAR-10 from the Hugging Face hub), `toronto` (CIFAR-10 from its authors),
-            `scenes` (procedural, needs nothing), or a folder: parquet files as on the hub, an
-            extracted `cifar-10-batches-py`, or images in `train/<class>/*` and `test/<class>/*`.
+            `cifar100` (CIFAR-100 from the hub, not pinned), `scenes` (procedural, needs nothing),
+            or a folder: parquet files as on the hub, an extracted `cifar-10-batches-py`, or images
+            in `train/<class>/*` and `test/<class>/*`. Where there is no `test`, `val`, `valid` or
+            `validation` serves. What is no image is left out with a warning.
         cache: where to keep the decoded pixels and the archive; `labkit.files.get_cache_dir()`.
         image_size: height and width in pixels; other than 32 only for a folder of images, of
             which the central square is resized.
 
     Raises:
         InputError: `source` is nothing of that, or its content cannot be used.
-        SourceError: it could not be fetched, or the cache could not be written. Another source is
-            never taken in its place.
+        SourceError: it could not be fetched or read, or the cache could not be written. Another
+            source is never taken in its place.
     """
     if image_size < 1:
         raise InputError(f"image_size must be at least 1, got {image_size}")
     cache = cache or get_cache_dir()
     origin = find_source(source, cache=cache, image_size=image_size)
+    for remark in origin.remarks:
+        logger.warning("%s: %s", origin.name, remark)
     folder = cache / "decoded" / f"{origin.kind}-v{CACHE_VERSION}-{origin.fingerprint[:16]}"
     splits = _load_cache(folder)
     if splits is None:
@@ -177,7 +240,7 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
                 splits = _load_cache(folder)
     if splits is None:
         raise SourceError(f"what was just written to {folder} cannot be read; is the disk failing?")
-    return ImageData(splits[0], splits[1], source, origin.name, origin.fingerprint)
+    return ImageData(splits[0], splits[1], source, origin.name, origin.fingerprint, origin.remarks)
 
 
 def _load_cache(folder: Path) -> list[Split] | None:
@@ -273,10 +336,11 @@ def as_split(data: ImagesAndLabels, label: str = "data", *, classes: Sequence[st
 
     Args:
         data: a `Split`; or a pair (images, labels) of arrays or tensors, with images
-            (N, H, W, 3) or (N, 3, H, W), uint8 or floats in [0, 1], and whole numbers (N,) as
-            labels; or a data set as torchvision has them, with a length and items (image, label),
-            where an image is a PIL image, an array or a tensor. A data set is read once: random
-            augmentation belongs into `transform` of `labkit.fit`.
+            (N, H, W, 3) or (N, 3, H, W) and whole numbers (N,) as labels; or a data set as
+            torchvision has them, with a length and items (image, label), where an image is a PIL
+            image, an array or a tensor. Colours are floats in [0, 1] or integers, as
+            `labkit.images.scale_to_uint8` takes them. A data set is read once: random augmentation
+            belongs into `transform` of `labkit.fit`.
         label: what `data` is called in messages.
         classes: class names where `data` has none; a data set may have them as `data.classes`.
 
@@ -333,15 +397,20 @@ def _as_uint8_images(images: NDArray[Any], label: str) -> NDArray[np.uint8]:
         )
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
-    if images.dtype.kind != "f":
+    if is_32_bit(images.dtype):
+        check_above_8_bits(images, label)
+        images = narrow_to_uint16(images, label)
+    is_16_bit = images.dtype.kind == "u" and images.dtype.itemsize == 2
+    if images.dtype.kind not in "fb" and not is_16_bit:
         raise InputError(
-            f"{label}: images must be uint8 or floats in [0, 1], got {images.dtype}; "
-            "use .astype('uint8') for numbers from 0 to 255"
+            f"{label}: images must be uint8, uint16, 32-bit integers or floats in [0, 1], "
+            f"got {images.dtype}; use .astype('uint8') for numbers from 0 to 255"
         )
     converted = np.empty(images.shape, np.uint8)
-    for index, image in enumerate(images):
-        check_unit_range(image, label)
-        converted[index] = np.rint(image.astype(np.float32) * 255)
+    for index, image in enumerate(images):  # image by image: the numbers between are large
+        if images.dtype.kind == "f":
+            check_unit_range(image, label)
+        converted[index] = scale_to_uint8(image, label)
     return converted
 
 
@@ -355,7 +424,8 @@ def check_unit_range(values: Any, label: str) -> None:
 def as_pixels(image: Any, label: str) -> NDArray[np.uint8]:
     """An item of a data set as (H, W, 3) uint8: a PIL image, or an array or tensor.
 
-    Arrays and tensors are (H, W), (H, W, C) or (C, H, W), uint8 or floats in [0, 1].
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W), of numbers that
+    `labkit.images.scale_to_uint8` takes.
     """
     from PIL import Image
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from labkit.classify.augment import normalise
 from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD
-from labkit.classify.data import Split
+from labkit.classify.data import ImageData, Split
 from labkit.classify.metrics import Metrics
 from labkit.classify.vit import use_eval_mode
-from labkit.runtime import Precision, PrecisionName, pick_device, resolve_precision
+from labkit.runtime import InputError, Precision, PrecisionName, pick_device, resolve_precision
 
 
 @torch.inference_mode()
@@ -52,6 +52,48 @@ def predict_logits(
             with precision.autocast(device):
                 logits.append(model(batch.flip(3) if flip else batch).float().cpu())
     return torch.cat(logits)
+
+
+def match_training(
+    data: ImageData, classes: Sequence[str] | None, image_size: int, label: str
+) -> ImageData:
+    """Check that a trained model can be used on `data`, and number its classes as in training.
+
+    Args:
+        data: the images.
+        classes: the class names in the order of the logits of the model; None if they were not
+            saved.
+        image_size: height and width in pixels of the images that it was trained on.
+        label: what the run is called in messages.
+
+    Returns:
+        `data` with its classes in the order of `classes`.
+
+    Raises:
+        InputError: the class names are other ones, or the images have another size.
+
+    Example:
+        >>> split = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ("cat", "dog"))
+        >>> data = ImageData.from_splits(split, split)
+        >>> match_training(data, ("dog", "cat"), 8, "the run").test.labels.tolist()
+        [1, 0]
+    """
+    height, width = data.test.images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        raise InputError(
+            f"{label} was trained on images of {image_size} x {image_size} pixels, but those of "
+            f"{data.name} are {height} x {width}; load them with "
+            f"labkit.load_data(..., image_size={image_size})"
+        )
+    if classes is None:
+        return data
+    try:
+        return data.reorder_classes(classes)
+    except InputError as error:
+        raise InputError(
+            f"{label} cannot be used on {data.name}: {error}. Give the data the class names of "
+            "the run: labkit.Split(images, labels, classes)"
+        ) from error
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from labkit.classify.augment import normalise
 from labkit.classify.checkpoint import CONFIG, HISTORY
 from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, load_data
-from labkit.classify.evaluate import evaluate, predict_logits
+from labkit.classify.evaluate import evaluate, match_training, predict_logits
 from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.sources import crop_square
@@ -225,6 +225,8 @@ class Run:
 def _format(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {version}" for name, version in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
@@ -250,10 +252,13 @@ def collect_facts(
     `epochs` are also the true passes: every epoch shows each training image once.
     """
     training_images = len(data.train) - config.val_size
+    remarks = {"data_remarks": list(data.remarks)} if data.remarks else {}
     return {
         "preset": config.preset,
         "data": data.source,
         "data_name": data.name,
+        "data_fingerprint": data.fingerprint,
+        **remarks,
         "seed": config.seed,
         "epochs": config.epochs,
         "passes": config.epochs,
@@ -272,21 +277,26 @@ def collect_facts(
 def load_run(
     folder: Path | str,
     *,
-    data: ImageData | None = None,
+    data: ImageData | str | Path | None = None,
     model: nn.Module | None = None,
     device: str = "auto",
 ) -> Run:
     """The finished run in `folder`, its model measured anew on the test split.
 
+    The images must have the classes and the size that the model was trained on. Classes in
+    another order are put into that of the model.
+
     Args:
         folder: what `out` was in `labkit.fit`.
-        data: other images than those it was trained on; needed for a run on data of your own,
-            as `ImageData.from_splits(train, test)`.
+        data: other images than those it was trained on: a source as `labkit.load_data` takes it,
+            which is loaded at the size of the run, or data that is loaded already. It is needed
+            for a run on data of your own, as `ImageData.from_splits(train, test)`.
         model: a network that takes the saved weights; needed for a run of a network of your own.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
 
     Raises:
-        InputError: there is no finished run in `folder`, or it needs `data` or `model`.
+        InputError: there is no finished run in `folder`, it needs `data` or `model`, or `data` has
+            other classes or images of another size.
         SourceError: the data it was trained on could not be had.
     """
     from safetensors.torch import load_file
@@ -306,10 +316,29 @@ def load_run(
         )
     if model is None and config.model == "custom":
         raise InputError(f"{folder} was trained with a network of your own: pass model=")
-    data = load_data(config.data, image_size=config.image_size) if data is None else data
+    saved = json.loads((folder / METRICS).read_text())
+    source = config.data if data is None else data
+    if isinstance(source, str | Path):
+        source = load_data(str(source), image_size=config.image_size)
+    if not isinstance(source, ImageData):
+        raise InputError(
+            "data must be a source or labkit.ImageData.from_splits(train, test), "
+            f"got {type(source).__name__}"
+        )
+    images = match_training(source, saved.get("classes"), config.image_size, str(folder))
+    if saved.get("data_fingerprint", images.fingerprint) != images.fingerprint:
+        if data is None:
+            logger.warning(
+                "%s has changed since %s was trained: the metrics are those of the images that "
+                "are there now",
+                images.source,
+                folder,
+            )
+        saved["evaluated_on"] = images.name
+        saved["evaluated_on_fingerprint"] = images.fingerprint
     target = pick_device(device)
     if model is None:
-        model = create_from_config(config, len(data.classes), pretrained=False)
+        model = create_from_config(config, len(images.classes), pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
@@ -317,17 +346,16 @@ def load_run(
     model.eval()
     metrics = evaluate(
         model,
-        data.test,
+        images.test,
         mean=config.mean,
         std=config.std,
         precision=_resolve_for(config, target),
         device=str(target),
     )
-    saved = json.loads((folder / METRICS).read_text())
     return Run(
         config=config,
         model=model,
-        data=data,
+        data=images,
         history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},

@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR-10 (hub, Toronto, a folder), folders of images, the scenes.
+"""Where images come from: CIFAR-10 and CIFAR-100, folders of images, the scenes.
 
 `find_source` recognises a source without reading it; `Source.read` then fetches what is missing
 and decodes it batch by batch.
@@ -7,9 +7,9 @@ and decodes it batch by batch.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
+import re
 import tarfile
 import warnings
 import zlib
@@ -22,9 +22,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import compute_checksum, download, download_from_hub
-from labkit.images import to_rgb
-from labkit.runtime import InputError, SourceError
+from labkit.files import compute_checksum, compute_checksums, download, download_from_hub
+from labkit.images import is_system_file, list_images, open_image, to_rgb
+from labkit.runtime import InputError, SourceError, as_one_line
 
 Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (B, H, W, 3) RGB and their labels (B,)."""
@@ -47,20 +47,26 @@ CIFAR10_BATCHES = {
     "test": ("test_batch",),
 }
 CIFAR10_SIZE = 32
+CIFAR100_REPO = "uoft-cs/cifar100"
+CIFAR100_FILES = {split: f"cifar100/{split}-00000-of-00001.parquet" for split in ("train", "test")}
 SPLITS = ("train", "test")
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+PARQUET_FOLDERS = ("", "plain_text", "data", "cifar100")
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 SCENE_COUNTS = {"train": 20_000, "test": 4_000}
 SCENE_SEEDS = {"train": 0, "test": 1}
 SCENES_HASHED = 200
 BATCH = 1000
 MAX_PIXELS = 89_000_000
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+NAMED = 5  # files that a message names; of further ones it says how many
 TORONTO_TIMEOUT = 60.0
 
 EXPECTED = (
-    "'hub', 'toronto', 'scenes' or a folder that holds one of: "
-    "[plain_text/]train-*.parquet and test-*.parquet; "
+    "'hub', 'toronto', 'cifar100', 'scenes' or a folder that holds one of: "
+    "[data/ or plain_text/]train-*.parquet and test-*.parquet; "
     "[cifar-10-batches-py/]data_batch_1 to data_batch_5 and test_batch; "
-    "train/<class>/* and test/<class>/*"
+    "train/<class>/* and test/<class>/* (or val/<class>/*)"
 )
 
 
@@ -117,11 +123,13 @@ class Source:
     """A recognised source of which nothing was decoded yet.
 
     Attributes:
-        kind: the layout: `hub`, `toronto`, `scenes`, `parquet`, `batches` or `images`.
+        kind: the layout: `hub`, `toronto`, `cifar100`, `scenes`, `parquet`, `batches` or `images`.
         name: the name for titles.
         image_size: height and width of the decoded images in pixels.
-        fingerprint: hex digits that change whenever the decoded pixels would.
+        fingerprint: hex digits that change whenever the decoded pixels or the classes would, and
+            only then: a copy of a folder has the same ones.
         read: fetches what is missing and gives the content.
+        remarks: sentences that whoever reads the results should know.
     """
 
     kind: str
@@ -129,70 +137,101 @@ class Source:
     image_size: int
     fingerprint: str
     read: Callable[[], Content]
+    remarks: tuple[str, ...] = ()
 
 
 def find_source(source: str, *, cache: Path, image_size: int = CIFAR10_SIZE) -> Source:
-    """Recognise `source` without fetching or decoding anything.
+    """Recognise `source` without decoding anything.
+
+    Nothing is fetched either, except for `cifar100`: no checksum of it is known beforehand.
 
     Args:
-        source: `hub`, `toronto`, `scenes`, or the path of a folder.
-        cache: where downloads are kept.
-        image_size: height and width of the decoded images, for a folder of image files.
+        source: `hub`, `toronto`, `cifar100`, `scenes`, or the path of a folder.
+        cache: where downloads and the checksums of image files are kept.
+        image_size: height and width of the decoded images, for a folder.
 
     Raises:
         InputError: no such source, or an `image_size` that it cannot have.
+        SourceError: a file or folder could not be read, or CIFAR-100 could not be had.
     """
-    table = CIFAR10_SOURCES
+    table, size = CIFAR10_SOURCES, CIFAR10_SIZE
+    if source in ("hub", "toronto", "cifar100", "scenes") and image_size != size:
+        raise _refuse_size(source, image_size)
     if source == "hub":
         digests = [digest for _, digest in table.hub_files.values()]
-        origin = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash(digests), _read_hub)
-    elif source == "toronto":
+        return Source(source, "CIFAR-10", size, _hash(digests), _read_hub)
+    if source == "toronto":
         read = partial(_read_toronto, cache / "downloads")
-        origin = Source(source, "CIFAR-10", CIFAR10_SIZE, _hash([table.toronto_digest]), read)
-    elif source == "scenes":
-        origin = Source(source, "demo scenes", CIFAR10_SIZE, _hash_scenes(), _read_scenes)
-    else:
-        origin = _find_folder(source, image_size)
-    if image_size != origin.image_size:
-        raise InputError(
-            f"image_size must be {CIFAR10_SIZE} for {source!r}, got {image_size}; "
-            "only the images of an image folder can have another size"
-        )
-    return origin
+        return Source(source, "CIFAR-10", size, _hash([table.toronto_digest]), read)
+    if source == "cifar100":
+        return _find_cifar100()
+    if source == "scenes":
+        return Source(source, "demo scenes", size, _hash_scenes(), _read_scenes)
+    return _find_folder(source, cache, image_size)
 
 
-def _find_folder(source: str, image_size: int) -> Source:
+def _refuse_size(source: str, image_size: int) -> InputError:
+    return InputError(
+        f"image_size must be {CIFAR10_SIZE} for {source!r}, got {image_size}; "
+        "only image files, in folders or in parquet, can have another size"
+    )
+
+
+def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     root = Path(source).expanduser()
     name = root.resolve().name
 
-    for folder in (root, root / "plain_text"):
-        files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in SPLITS}
+    for folder in (root / inner for inner in PARQUET_FOLDERS):
+        names, files = {}, {}
+        for split in SPLITS:
+            names[split], files[split] = _choose_parquet(folder, split)
         if all(files.values()):
             marks = [f"{path.name} {compute_checksum(path)}" for s in SPLITS for path in files[s]]
-            read = partial(_read_parquet, files)
-            return Source("parquet", name, CIFAR10_SIZE, _hash(marks), read)
+            marks += [] if image_size == CIFAR10_SIZE else [str(image_size)]
+            read = partial(_read_parquet, files, image_size)
+            remarks = _describe_split(names["test"], "-*.parquet")
+            return Source("parquet", name, image_size, _hash(marks), read, remarks)
 
     for folder in (root, root / CIFAR10_FOLDER):
         paths = {s: [folder / file for file in CIFAR10_BATCHES[s]] for s in SPLITS}
         if all(path.is_file() for s in SPLITS for path in paths[s]):
+            if image_size != CIFAR10_SIZE:
+                raise _refuse_size(source, image_size)
             marks = [compute_checksum(path) for s in SPLITS for path in paths[s]]
             read = partial(_read_cifar10_folder, paths)
             return Source("batches", name, CIFAR10_SIZE, _hash(marks), read)
 
-    if all((root / split).is_dir() for split in SPLITS):
-        marks = [str(image_size)]
-        for path in (path for split in SPLITS for path in _list_files(root / split)):
-            status, relative = path.stat(), path.relative_to(root).as_posix()
-            marks.append(f"{relative} {status.st_size} {status.st_mtime_ns}")
-        read = partial(_read_image_folder, root, image_size)
-        return Source("images", name, image_size, _hash(marks), read)
+    chosen = {split: _choose_folder(root, split) for split in SPLITS}
+    if all(chosen.values()):
+        return _find_image_folder(root, chosen, cache, image_size)
 
     holds = "nothing of that" if root.is_dir() else "no such folder"
     raise InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
 
 
+def _choose_folder(root: Path, split: str) -> str:
+    """The name of the folder of a split in `root`; empty if there is none."""
+    return next((name for name in SPLIT_NAMES[split] if (root / name).is_dir()), "")
+
+
+def _choose_parquet(folder: Path, split: str) -> tuple[str, list[Path]]:
+    """What a split is called in the parquet files of `folder`, and its files."""
+    for name in SPLIT_NAMES[split]:
+        if files := sorted(folder.glob(f"{name}-*.parquet")):
+            return name, files
+    return "", []
+
+
+def _describe_split(name: str, ending: str) -> tuple[str, ...]:
+    """A remark where another split stands in for the test split."""
+    if name == "test":
+        return ()
+    return (f"there is no test{ending}: {name}{ending} serves as the test split",)
+
+
 def _hash(parts: Sequence[object]) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+    text = "\n".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 # ---------------------------------------------------------------- CIFAR-10
@@ -215,8 +254,30 @@ def _read_hub() -> Content:
         }
     except SourceError as error:
         raise _add_remedies("hub", "toronto", error) from error
-    content = _read_parquet(files)
+    content = _read_parquet(files, CIFAR10_SIZE)
     return Content(content.classes or CIFAR10_CLASSES, content.batches, content.counts)
+
+
+def _find_cifar100() -> Source:
+    """CIFAR-100 as it is on the hub today, since no revision or checksum of it is known."""
+    try:
+        files = {
+            split: [
+                download_from_hub(
+                    CIFAR100_REPO, filename, revision="main", digest=None, repo_type="dataset"
+                )
+            ]
+            for split, filename in CIFAR100_FILES.items()
+        }
+    except SourceError as error:
+        raise _add_remedies("cifar100", "hub (CIFAR-10)", error) from error
+    remark = (
+        f"CIFAR-100 is that of today's branch main of {CIFAR100_REPO}: no revision or checksum is "
+        "pinned, so what arrived was not checked"
+    )
+    marks = [compute_checksum(path) for split in SPLITS for path in files[split]]
+    read = partial(_read_parquet, files, CIFAR10_SIZE)
+    return Source("cifar100", "CIFAR-100", CIFAR10_SIZE, _hash(marks), read, (remark,))
 
 
 def _read_toronto(folder: Path) -> Content:
@@ -321,17 +382,35 @@ class _ArrayUnpickler(pickle.Unpickler):
 # ---------------------------------------------------------------- parquet
 
 
-def _read_parquet(files: Mapping[str, Sequence[Path]]) -> Content:
-    """Parquet files with an encoded image in `img.bytes` and its class in `label`.
+def _read_parquet(files: Mapping[str, Sequence[Path]], image_size: int) -> Content:
+    """Parquet files with an encoded image and its class in each row.
 
+    The image is in the field `bytes` of the column `img`, as in CIFAR-10 and CIFAR-100, or
+    `image`; its class is in the column `label`, `labels` or `fine_label`. An image of `img` must
+    have the size that was asked for; of an image of `image` the central square is resized to it.
     Class names come from the `huggingface` metadata of the first training file.
+
+    Raises:
+        InputError: a file is missing among those of a split, damaged, or of another layout.
     """
     counts, classes = {}, None
     for split in SPLITS:
+        _check_parts(files[split])
         schemas = [_check_parquet(path) for path in files[split]]
         counts[split] = sum(count for count, _ in schemas)
         classes = classes or schemas[0][1]
-    return Content(classes, {split: _decode_parquet(files[split]) for split in SPLITS}, counts)
+    batches = {split: _decode_parquet(files[split], image_size) for split in SPLITS}
+    return Content(classes, batches, counts)
+
+
+def _check_parts(files: Sequence[Path]) -> None:
+    """Raise InputError unless all files are there of which their names give the number."""
+    match = re.search(r"-of-(\d{5})", files[0].name)
+    if match and int(match[1]) != len(files):
+        raise InputError(
+            f"{files[0].parent} holds {len(files)} of the {int(match[1])} files that belong to "
+            f"{files[0].name}; copy the missing ones"
+        )
 
 
 def _check_parquet(path: Path) -> tuple[int, tuple[str, ...] | None]:
@@ -342,85 +421,147 @@ def _check_parquet(path: Path) -> tuple[int, tuple[str, ...] | None]:
     try:
         with pq.ParquetFile(path) as parquet:
             schema = parquet.schema_arrow
-            labels = parquet.read(columns=["label"]).column("label")
+            image_column, label_column = _choose_columns(schema.names)
+            labels = parquet.read(columns=[label_column]).column(label_column)
     except (OSError, ValueError, KeyError) as error:
         raise _describe_damage(path, error) from error
     if not pa.types.is_integer(labels.type) or labels.null_count:
-        raise InputError(f"{path}: column 'label' must hold whole numbers without gaps")
-    column = schema.get_field_index("img")
+        raise InputError(f"{path}: column {label_column!r} must hold whole numbers without gaps")
+    column = schema.get_field_index(image_column)
     kind = schema.types[column] if column >= 0 else pa.null()
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise InputError(f"{path}: column 'img' must hold encoded images in a field 'bytes'")
+        raise InputError(
+            f"{path}: column {image_column!r} must hold encoded images in a field 'bytes'"
+        )
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return len(labels), tuple(map(str, features["label"]["names"]))
+        return len(labels), tuple(map(str, features[label_column]["names"]))
     except (KeyError, TypeError, ValueError):
         return len(labels), None
 
 
-def _decode_parquet(files: Sequence[Path]) -> Iterator[Batch]:
+def _choose_columns(names: Sequence[str]) -> tuple[str, str]:
+    """The names of the columns of images and of labels; the first choice where there is none."""
+    image, label = (
+        next((choice for choice in choices if choice in names), choices[0])
+        for choices in (IMAGE_COLUMNS, LABEL_COLUMNS)
+    )
+    return image, label
+
+
+def _decode_parquet(files: Sequence[Path], image_size: int) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
     for path in files:
         try:
             with pq.ParquetFile(path) as parquet:
-                for rows in parquet.iter_batches(BATCH, columns=["img", "label"]):
-                    encoded = rows.column("img").field("bytes").to_pylist()
-                    images = np.stack([_decode_cifar10_image(item) for item in encoded])
-                    yield images, rows.column("label").to_numpy().astype(np.int64)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                image_column, label_column = _choose_columns(parquet.schema_arrow.names)
+                has_any_size = image_column != IMAGE_COLUMNS[0]
+                for rows in parquet.iter_batches(BATCH, columns=[image_column, label_column]):
+                    cells = rows.column(image_column).field("bytes").to_pylist()
+                    images = np.stack([_decode_cell(c, image_size, has_any_size) for c in cells])
+                    yield images, rows.column(label_column).to_numpy().astype(np.int64)
+        except Exception as error:  # Pillow's decoders share no base class
             raise _describe_damage(path, error) from error
 
 
-def _decode_cifar10_image(encoded: bytes) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
-        if image.size != (CIFAR10_SIZE, CIFAR10_SIZE):
-            raise InputError(f"an image of {image.width} x {image.height} pixels, not 32 x 32")
-        return to_rgb(image)
+def _decode_cell(encoded: bytes, image_size: int, has_any_size: bool) -> NDArray[np.uint8]:
+    image = _decode_image(encoded, "image")
+    if not has_any_size and image.shape[:2] != (image_size, image_size):
+        raise InputError(
+            f"an image of {image.shape[1]} x {image.shape[0]} pixels, "
+            f"not {image_size} x {image_size}"
+        )
+    return crop_square(image, image_size)
 
 
 # ---------------------------------------------------------------- folders of images
 
 
-def _read_image_folder(folder: Path, image_size: int) -> Content:
-    """`train/<class>/*` and `test/<class>/*`, the central square of each image.
+def _find_image_folder(
+    root: Path, chosen: Mapping[str, str], cache: Path, image_size: int
+) -> Source:
+    """`<split>/<class>/*`, the central square of each image.
+
+    Args:
+        root: the folder.
+        chosen: the name of the folder of each split.
+        cache: where the checksums of the files are remembered.
+        image_size: height and width of the decoded images.
 
     Raises:
-        InputError: the classes differ between the splits, or one is empty.
+        InputError: the classes differ between the splits, or one has no image.
+        SourceError: a folder or file could not be read.
     """
-    files = {split: _list_classes(folder / split) for split in SPLITS}
+    root = root.absolute()
+    files: dict[str, dict[str, list[Path]]] = {}
+    others: list[Path] = []
+    strays: list[Path] = []
+    for split in SPLITS:
+        folder = root / chosen[split]
+        images, beside = list_images(folder, recursive=False)
+        files[split], inside = _list_classes(folder)
+        others += beside + inside
+        strays += images
     train, test = (list(files[split]) for split in SPLITS)
     if train != test:
         odd = ", ".join(sorted(set(train) ^ set(test)))
-        raise InputError(f"{folder}: train and test must have the same classes, but not: {odd}")
+        raise InputError(
+            f"{root}: {chosen['train']} and {chosen['test']} must have the same classes, "
+            f"but not: {odd}"
+        )
+    remarks = _describe_split(chosen["test"], "/")
+    for paths, reason in (
+        (others, "are no images"),
+        (strays, "lie beside the class folders, not in one"),
+    ):
+        if paths:
+            paths.sort(key=lambda path: (is_system_file(path.name), path.parts))
+            names = _name_some([as_one_line(path.relative_to(root).as_posix()) for path in paths])
+            remarks += (f"left out {len(paths)} files that {reason}: {names}",)
     labelled = {
         split: [(path, label) for label, name in enumerate(train) for path in files[split][name]]
         for split in SPLITS
     }
+    paths = [path for split in SPLITS for path, _ in labelled[split]]
+    hints = cache / "checksums" / f"{_hash([root])[:16]}.json"
+    digests = iter(compute_checksums(paths, hints=hints))
+    marks = [json.dumps([image_size, train])]
+    for split in SPLITS:
+        for path, label in labelled[split]:
+            name = path.relative_to(root / chosen[split]).as_posix()
+            marks.append(json.dumps([split, label, name, next(digests)]))
+    read = partial(_read_image_folder, tuple(train), labelled, image_size)
+    return Source("images", root.resolve().name, image_size, _hash(marks), read, remarks)
+
+
+def _list_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Image files of each class, both in order of name; and the other files in their folders."""
+    files: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_system_file(path.name):
+            files[path.name], rest = list_images(path)
+            others += rest
+            if not files[path.name]:
+                names = _name_some([as_one_line(other.name) for other in rest])
+                holds = f", only {names}" if rest else ""
+                raise InputError(f"{folder}: no image in the class folder {path.name}{holds}")
+    return files, others
+
+
+def _name_some(names: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return separator.join(names[:NAMED]) + more
+
+
+def _read_image_folder(
+    classes: tuple[str, ...], labelled: Mapping[str, Sequence[tuple[Path, int]]], image_size: int
+) -> Content:
     return Content(
-        tuple(train),
+        classes,
         {split: _decode_files(labelled[split], image_size) for split in SPLITS},
         {split: len(labelled[split]) for split in SPLITS},
-    )
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Files of each class, both in order of name; hidden files and folders are left out."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = {path.name: _list_files(path) for path in classes}
-    if empty := [name for name, paths in files.items() if not paths]:
-        raise InputError(f"{folder}: no image in the class folder {', '.join(empty)}")
-    return files
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """Every file below `folder` that is not hidden, in order of path."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     )
 
 
@@ -432,29 +573,25 @@ def _decode_files(labelled: Sequence[tuple[Path, int]], image_size: int) -> Iter
         images = np.zeros((len(chunk), image_size, image_size, 3), np.uint8)
         for row, (path, _) in enumerate(chunk):
             try:
-                images[row] = crop_square(_decode_file(path), image_size)
+                images[row] = crop_square(_decode_image(path, path.name), image_size)
             except Exception as error:  # Pillow's decoders share no base class
                 failures.append(f"{path} ({error})")
         yield images, np.array([label for _, label in chunk], np.int64)
     if failures:
-        more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
         raise InputError(
             f"{len(failures)} files cannot be read as images; remove or mend them: "
-            + "; ".join(failures[:5])
-            + more
+            + _name_some(failures, "; ")
         )
 
 
-def _decode_file(path: Path) -> NDArray[np.uint8]:
+def _decode_image(file: bytes | Path, label: str) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of an image file, upright."""
-    from PIL import Image
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here or harmless
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open_image(file, label) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(f"{image.width} x {image.height} pixels are too many to decode")
-            return to_rgb(image, path.name, max_pixels=MAX_PIXELS)
+            return to_rgb(image, label, max_pixels=MAX_PIXELS)
 
 
 def crop_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -226,6 +226,30 @@ def test_split_names_its_classes_or_numbers_them() -> None:
         Split(images, labels - 1)
 
 
+def test_classes_in_another_order_keep_their_images() -> None:
+    split = Split(*TEST, classes=tuple("klmnopqrst"))
+    turned = split.reorder_classes(tuple("tsrqponmlk"))
+    assert turned.classes == tuple("tsrqponmlk")
+    assert turned.labels.dtype == np.int64
+    before, after = ([s.classes[label] for label in s.labels] for s in (split, turned))
+    assert before == after
+    assert split.reorder_classes(split.classes) is split
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("klmnopqrs", "the 9 names .*, got 10: missing none, not among them 't'"),
+        ("klmnopqrsu", "missing 'u', not among them 't'"),
+        ("klmnopqrss", "missing none, not among them 't'"),
+        ("0123456789x", "missing '0', '1', .* and 1 more, not among them 'k'"),
+    ],
+)
+def test_other_classes_are_refused(classes: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Split(*TEST, classes=tuple("klmnopqrst")).reorder_classes(tuple(classes))
+
+
 def test_both_parts_of_a_split_keep_its_classes() -> None:
     split = Split(*TEST, classes=tuple("klmnopqrst"))
     assert {part.classes for part in train_val_split(split, 10)} == {split.classes}
@@ -297,6 +321,27 @@ def test_torchvisions_own_data_sets_are_taken() -> None:
     assert split.images.shape == (6, 8, 8, 3) and split.classes == tuple("abcd")
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32, np.uint32])
+def test_16_bits_become_8(dtype: Any) -> None:
+    images = (IMAGES.astype(np.uint16) * 257).astype(dtype)
+    sources = [images] if dtype == ">u2" else [images, torch.from_numpy(images)]
+    for source in sources:
+        np.testing.assert_array_equal(as_split((source, LABELS)).images, IMAGES)
+
+
+def test_numbers_of_0_and_1_become_black_and_white() -> None:
+    split = as_split((IMAGES > 127, LABELS))
+    np.testing.assert_array_equal(split.images, (IMAGES > 127) * 255)
+
+
+def test_a_black_image_among_32_bit_ones_stays_black() -> None:
+    images = IMAGES.astype(np.int32) * 257
+    images[0] = 0
+    images[1] = 255  # nearly black in 16 bits, white in 8
+    split = as_split((images, LABELS))
+    assert split.images[0].max() == 0 and split.images[1].max() == 1
+
+
 def test_grey_images_of_a_data_set_become_rgb() -> None:
     split = as_split(Dataset(lambda image: image.convert("L")))
     np.testing.assert_array_equal(split.images[..., 0], split.images[..., 2])
@@ -308,6 +353,8 @@ def test_grey_images_of_a_data_set_become_rgb() -> None:
         ((as_floats(IMAGES) * 4 - 2, LABELS), "leave out Normalize: labkit normalises with"),
         ((as_floats(IMAGES) * np.nan, LABELS), "leave out Normalize"),
         ((IMAGES.astype(np.int64), LABELS), r"images must be uint8.*astype\('uint8'\)"),
+        ((IMAGES.astype(np.int32), LABELS), r"own holds int32 from 0 to 255.*astype\('uint8'\)"),
+        ((IMAGES.astype(np.int32) * 258, LABELS), "own holds numbers from 0 to 65790"),
         ((IMAGES[..., :1], LABELS), r"got \(20, 32, 32, 1\); repeat the one channel"),
         ((IMAGES, LABELS[:3]), "own has 20 images but 3 labels"),
         ((IMAGES, LABELS / 2), "labels must be whole numbers"),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from labkit.classify.config import AugmentConfig, TrainConfig
-from labkit.classify.data import ImageData, load_data
+from labkit.classify.data import ImageData, Split, load_data
 from labkit.classify.fit import fit
 from labkit.classify.run import Run, load_run
 from labkit.runtime import InputError
@@ -98,6 +98,77 @@ def test_attention_of_a_network_without_any_is_refused(run: Run) -> None:
     assert not plain.has_attention
     with pytest.raises(InputError, match="Sequential"):
         plain.attention()
+
+
+def test_other_data_is_loaded_at_the_size_of_the_run_and_measured(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    """The run has 16 pixels; its classes are red, green and blue, a folder's in order of name."""
+    for name, split in (("train", squares.train), ("test", squares.test)):
+        for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            folder = tmp_path / name / squares.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:03}.png")
+    assert run.folder is not None
+    for data in (str(tmp_path), tmp_path, load_data(str(tmp_path), image_size=16)):
+        loaded = load_run(run.folder, data=data)
+        assert loaded.data.test.images.shape == (60, 16, 16, 3)
+        assert loaded.metrics.classes == squares.classes
+        assert loaded.metrics.accuracy == run.metrics.accuracy
+        np.testing.assert_array_equal(
+            np.sort(loaded.metrics.confusion), np.sort(run.metrics.confusion)
+        )
+
+
+def test_a_run_says_what_it_was_measured_on(
+    tiny_config: TrainConfig,
+    image_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = dataclasses.replace(tiny_config, data=str(image_folder), epochs=1, batch_size=4)
+    run = fit(config, out=tmp_path / "run", device="cpu")
+    assert run.facts["data_fingerprint"] == run.data.fingerprint
+    caplog.clear()
+    same = load_run(tmp_path / "run", device="cpu")
+    assert same.facts == run.facts and not caplog.records
+    Image.new("RGB", (40, 40)).save(image_folder / "test" / "ant" / "9.png")
+    changed = load_run(tmp_path / "run", device="cpu")
+    assert "has changed since" in caplog.text
+    assert changed.facts["evaluated_on_fingerprint"] == changed.data.fingerprint
+    assert changed.facts["data_fingerprint"] == run.data.fingerprint
+
+
+def test_data_of_other_classes_or_another_size_is_refused(
+    run: Run, squares: ImageData, image_folder: Path
+) -> None:
+    assert run.folder is not None
+    with pytest.raises(InputError, match=r"data must be a source or .*, got Split"):
+        load_run(run.folder, data=squares.test)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"cannot be used on animals: .*'red', .*got 2"):
+        load_run(run.folder, data=image_folder)
+    renamed = [
+        Split(split.images, split.labels, ("red", "green", "violet"))
+        for split in (squares.train, squares.test)
+    ]
+    with pytest.raises(InputError, match="missing 'blue', not among them 'violet'"):
+        load_run(run.folder, data=ImageData.from_splits(*renamed))
+    larger = [
+        Split(split.images.repeat(2, 1).repeat(2, 2), split.labels, split.classes)
+        for split in (squares.train, squares.test)
+    ]
+    with pytest.raises(InputError, match=r"16 x 16 pixels, .* 32 x 32; load .*image_size=16"):
+        load_run(run.folder, data=ImageData.from_splits(*larger))
+
+
+def test_what_was_left_out_of_a_folder_is_told_by_the_run(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    remarks = ("there is no test/: val/ serves as the test split",)
+    data = dataclasses.replace(squares, remarks=remarks)
+    fit(dataclasses.replace(tiny_config, epochs=1), data=data, out=tmp_path, device="cpu")
+    assert json.loads((tmp_path / "metrics.json").read_text())["data_remarks"] == list(remarks)
+    assert remarks[0] in (tmp_path / "report.html").read_text()
 
 
 def test_a_loaded_run_is_measured_in_its_own_precision(

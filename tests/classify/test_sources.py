@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, features
 
-from labkit.classify import sources
-from labkit.classify.data import load_data
+from labkit.classify import data, sources
+from labkit.classify.data import as_split, load_data
+from labkit.classify.sources import crop_square
+from labkit.images import load_image
 from labkit.runtime import InputError, SourceError
 from tests.classify.small_cifar import (
     HUB_FILES,
@@ -32,6 +38,7 @@ from tests.classify.small_cifar import (
     assert_is_the_data,
     batch_files,
     parquet,
+    png,
     random_images,
     tar_gz,
 )
@@ -327,6 +334,90 @@ def test_label_without_a_name_is_refused(parquet_folder: Path) -> None:
         load_data(str(parquet_folder))
 
 
+def write_cells(
+    path: Path, column: str, cells: list[bytes], label: str = "label", names: str = "0123456789"
+) -> None:
+    """A parquet file of encoded images, whose labels count up from 0."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": cell, "path": None} for cell in cells], kind)
+    table = pa.table({column: images, label: np.arange(len(cells)) % len(names)})
+    info = {"info": {"features": {label: {"names": list(names), "_type": "ClassLabel"}}}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_data_set_cloned_from_the_hub_is_read(tmp_path: Path, split: str) -> None:
+    """Its files are in `data`, its images in a column `image` and of any size."""
+    wide = Image.fromarray(np.repeat(TEST[0][0], 2, 0).repeat(2, 1))
+    cells = [png(np.asarray(wide)), png(TEST[0][1])]
+    folder = tmp_path / "beans"
+    write_cells(folder / "data" / "train-00000-of-00001.parquet", "image", cells, names="ab")
+    write_cells(folder / "data" / f"{split}-00000-of-00001.parquet", "image", cells, names="ab")
+    loaded = load_data(str(folder))
+    assert (loaded.name, loaded.classes) == ("beans", ("a", "b"))
+    np.testing.assert_array_equal(loaded.train.images[1], TEST[0][1])
+    np.testing.assert_array_equal(loaded.test.images[0], crop_square(np.asarray(wide), 32))
+    assert load_data(str(folder), image_size=48).train.images.shape == (2, 48, 48, 3)
+    assert bool(loaded.remarks) == (split != "test")
+
+
+@pytest.mark.parametrize(("column", "label"), [("image", "labels"), ("img", "fine_label")])
+def test_columns_have_the_names_that_data_sets_of_the_hub_give_them(
+    tmp_path: Path, column: str, label: str
+) -> None:
+    cells = [png(image) for image in TEST[0][:3]]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}-00000-of-00001.parquet"
+        write_cells(path, column, cells, label, names="abc")
+    loaded = load_data(str(tmp_path))
+    np.testing.assert_array_equal(loaded.test.images, TEST[0][:3])
+    assert (loaded.classes, loaded.test.labels.tolist()) == (("a", "b", "c"), [0, 1, 2])
+
+
+def test_a_missing_parquet_file_is_no_silent_loss(parquet_folder: Path) -> None:
+    path = parquet_folder / HUB_FILES["train"]
+    path.rename(path.with_name("train-00001-of-00002.parquet"))
+    with pytest.raises(InputError, match=r"holds 1 of the 2 files .* copy the missing ones"):
+        load_data(str(parquet_folder))
+
+
+def write_cifar100(folder: Path) -> dict[str, bytes]:
+    """A small CIFAR-100 in the layout of the hub: its two files."""
+    bodies = {}
+    for split, (images, _) in (("train", TRAIN), ("test", TEST)):
+        path = folder / sources.CIFAR100_FILES[split]
+        write_cells(path, "img", [png(image) for image in images], "fine_label")
+        table = pq.read_table(path).append_column("coarse_label", pa.array([0] * len(images)))
+        pq.write_table(table, path)
+        bodies[split] = path.read_bytes()
+    return bodies
+
+
+def test_cifar100_comes_from_the_hub_unchecked_and_says_so(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split, body in write_cifar100(tmp_path / "cifar100").items():
+        hub.add("uoft-cs/cifar100", sources.CIFAR100_FILES[split], body, repo_type="dataset")
+    loaded = load_data("cifar100")
+    assert_is_the_data(loaded)
+    assert (loaded.source, loaded.name, loaded.classes) == (
+        "cifar100",
+        "CIFAR-100",
+        tuple("0123456789"),
+    )
+    assert "was not checked" in loaded.remarks[0] and "was not checked" in caplog.text
+    assert_is_the_data(load_data(str(tmp_path / "cifar100")))
+
+
+def test_cifar100_that_cannot_be_had_is_named_with_remedies(
+    hub: LoopbackHub, no_waiting: list[float]
+) -> None:
+    with pytest.raises(SourceError, match="data source 'cifar100' failed") as caught:
+        load_data("cifar100")
+    assert "uoft-cs/cifar100" in str(caught.value) and "--data PATH" in str(caught.value)
+
+
 @pytest.mark.data
 def test_real_pixels_equal_those_of_a_plain_decoder(real_data: Path, tmp_path: Path) -> None:
     rows = {}
@@ -435,11 +526,118 @@ def test_hidden_files_are_left_out(image_folder: Path) -> None:
     assert len(load_data(str(image_folder)).train) == 4
 
 
+def test_what_is_no_image_is_left_out_counted_and_named_once(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ant = image_folder / "train" / "ant"
+    for name in ("._0.png", "Thumbs.db", ".DS_Store", "notes.txt", "labels.csv"):
+        (ant / name).write_bytes(b"x")
+    (image_folder / "test" / "desktop.ini").write_bytes(b"x")
+    loaded = load_data(str(image_folder))
+    assert (len(loaded.train), len(loaded.test)) == (4, 2)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"animals: {loaded.remarks[0]}"
+    assert loaded.remarks == (
+        "left out 6 files that are no images: train/ant/labels.csv, train/ant/notes.txt, "
+        "test/desktop.ini, train/ant/.DS_Store, train/ant/._0.png and 1 more",
+    )
+
+
+def test_a_class_of_which_nothing_is_left_is_an_error(image_folder: Path) -> None:
+    for path in (image_folder / "test" / "ant").iterdir():
+        path.rename(path.with_name(f"._{path.name}"))
+    with pytest.raises(InputError, match=r"test: no image in the class folder ant, only \._0\.png"):
+        load_data(str(image_folder))
+
+
+def test_images_outside_the_class_folders_are_named(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (8, 8)).save(image_folder / "train" / "stray.png")
+    assert len(load_data(str(image_folder)).train) == 4
+    assert "1 files that lie beside the class folders, not in one: train/stray.png" in caplog.text
+
+
+def test_folders_and_files_have_any_name(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Class folders and folders in them named like image files; suffixes in capitals or rare."""
+    for split in ("train", "test"):
+        folder = (image_folder / split / "cat").rename(image_folder / split / "cat.jpg")
+        (folder / "0.png").rename(folder / "0.PNG")
+    inner = image_folder / "train" / "cat.jpg" / "more.png"
+    inner.mkdir()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(inner / "a.jfif", "JPEG")
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(inner / "b.PPM")
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(inner / "c", "PNG")
+    loaded = load_data(str(image_folder))
+    assert loaded.classes == ("ant", "cat.jpg")
+    assert loaded.train.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert loaded.train.images[-1, 0, 0].tolist() == [1, 2, 3]
+    assert not caplog.records
+
+
+def test_an_unreadable_class_folder_is_an_error(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image_folder / "train" / "ant" / "more").mkdir()
+    scan = os.scandir
+
+    def deny(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(SourceError, match="more could not be read: Permission denied"):
+        load_data(str(image_folder))
+
+
+def test_heic_without_the_plug_in_is_named_with_the_remedy(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    head = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"
+    (image_folder / "train" / "ant" / "IMG_1.HEIC").write_bytes(head + bytes(500))
+    with pytest.raises(InputError, match=r"1 files.*IMG_1\.HEIC.*pip install pillow-heif"):
+        load_data(str(image_folder))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow decodes no AVIF")
+def test_avif_is_read(image_folder: Path) -> None:
+    Image.new("RGB", (40, 40), (200, 10, 10)).save(image_folder / "train" / "ant" / "!.avif")
+    first = load_data(str(image_folder)).train.images[0]
+    assert np.abs(first.astype(int) - (200, 10, 10)).max() < 6
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_another_split_serves_where_there_is_no_test_and_says_so(
+    image_folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_test = load_data(str(image_folder))
+    assert with_test.remarks == ()
+    (image_folder / "test").rename(image_folder / name)
+    loaded = load_data(str(image_folder))
+    np.testing.assert_array_equal(loaded.test.images, with_test.test.images)
+    assert loaded.remarks == (f"there is no test/: {name}/ serves as the test split",)
+    assert loaded.remarks[0] in caplog.text
+    assert loaded.fingerprint == with_test.fingerprint
+
+
+def test_test_is_preferred_to_val(image_folder: Path) -> None:
+    before = load_data(str(image_folder))
+    shutil.copytree(image_folder / "train", image_folder / "val")
+    after = load_data(str(image_folder))
+    assert (len(after.test), after.remarks) == (2, ())
+    assert before.fingerprint == after.fingerprint
+
+
 def test_unreadable_images_are_named_together(image_folder: Path, labkit_cache: Path) -> None:
     whole = (image_folder / "train" / "cat" / "1.png").read_bytes()
     (image_folder / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (image_folder / "train" / "ant" / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match=r"2 files.*notes\.txt.*cut\.png"):
+    (image_folder / "train" / "ant" / "notes.png").write_text("hello")
+    with pytest.raises(InputError, match=r"2 files.*notes\.png.*cut\.png"):
         load_data(str(image_folder))
     assert not list(labkit_cache.rglob("*.npy"))
 
@@ -490,6 +688,161 @@ def test_new_image_or_size_is_decoded_anew(image_folder: Path) -> None:
     assert before.fingerprint != after.fingerprint
 
 
+# ---------------------------------------------------------------- what identifies a folder
+
+
+def test_a_copy_with_other_times_is_the_same_data(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_data(str(image_folder))
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(image_folder, copy, copy_function=shutil.copyfile)
+    for path in copy.rglob("*.png"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(data, "_decode", None)
+    again = load_data(str(copy))
+    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.train.images, first.train.images)
+
+
+def test_other_images_of_the_same_size_and_times_are_other_data(image_folder: Path) -> None:
+    """Uncompressed files: their size says nothing about their content."""
+    path = image_folder / "train" / "ant" / "0.bmp"
+    Image.new("RGB", (40, 40), (1, 1, 1)).save(path)
+    status = path.stat()
+    time.sleep(0.15)  # after which the file counts as settled
+    before = load_data(str(image_folder))
+    Image.new("RGB", (40, 40), (2, 2, 2)).save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    after = load_data(str(image_folder))
+    assert before.train.images[0].max() == 1 and after.train.images[0].max() == 2
+    assert before.fingerprint != after.fingerprint
+
+
+def test_class_folders_that_are_links_are_read_and_followed_when_they_change(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """Both targets have files of the same name, size and time."""
+    for level in (1, 2):
+        folder = tmp_path / f"target-{level}"
+        folder.mkdir()
+        Image.new("RGB", (40, 40), (level,) * 3).save(folder / "0.bmp")
+        os.utime(folder / "0.bmp", (1, 1))
+    link = image_folder / "train" / "bee"
+    Image.new("RGB", (40, 40)).save(image_folder / "test" / "ant" / "9.bmp")
+    (image_folder / "test" / "bee").symlink_to(tmp_path / "target-1")
+    levels = []
+    for level in (1, 2):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / f"target-{level}")
+        loaded = load_data(str(image_folder))
+        assert loaded.classes == ("ant", "bee", "cat")
+        levels.append(loaded.train.images[loaded.train.labels == 1].max())
+    assert levels == [1, 2]
+    linked = loaded.fingerprint
+    link.unlink()
+    shutil.copytree(tmp_path / "target-2", link)
+    assert load_data(str(image_folder)).fingerprint == linked
+
+
+def test_an_added_class_is_noticed(image_folder: Path) -> None:
+    before = load_data(str(image_folder))
+    for split in ("train", "test"):
+        shutil.copytree(image_folder / split / "ant", image_folder / split / "bee")
+    after = load_data(str(image_folder))
+    assert after.classes == ("ant", "bee", "cat")
+    assert before.fingerprint != after.fingerprint
+    (image_folder / "train" / "cow").mkdir()
+    with pytest.raises(InputError, match="class folder cow"):
+        load_data(str(image_folder))
+
+
+def test_a_renamed_class_is_noticed(image_folder: Path) -> None:
+    before = load_data(str(image_folder))
+    for split in ("train", "test"):
+        (image_folder / split / "ant").rename(image_folder / split / "bee")
+    after = load_data(str(image_folder))
+    assert (before.classes, after.classes) == (("ant", "cat"), ("bee", "cat"))
+    assert before.fingerprint != after.fingerprint
+
+
+def test_names_that_are_no_text_are_names_too(image_folder: Path) -> None:
+    name = os.fsdecode(b"na\xefve\n")
+    try:
+        for split in ("train", "test"):
+            (image_folder / split / "ant").rename(image_folder / split / name)
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    assert load_data(str(image_folder)).classes == ("cat", name)
+
+
+def test_names_that_are_no_text_are_told_as_text(image_folder: Path) -> None:
+    path = os.path.join(os.fsencode(image_folder / "train" / "ant"), b"na\xefve\nname.txt")
+    try:
+        Path(os.fsdecode(path)).touch()
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    (remark,) = load_data(str(image_folder)).remarks
+    assert remark.isprintable() and "train/ant/na ve name.txt" in remark
+
+
+# ---------------------------------------------------------------- depth
+
+
+RAMP = np.linspace(0, 65535, 32 * 32).round().reshape(32, 32).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "formats"),
+    [
+        (RAMP, ("PNG", "TIFF")),
+        (RAMP.astype(np.int32), ("TIFF",)),
+        ((RAMP / 65535).astype(np.float32), ("TIFF",)),
+    ],
+    ids=["16-bit", "32-bit", "float"],
+)
+def test_every_reader_has_the_same_rule_for_depth(
+    image_folder: Path, parquet_folder: Path, numbers: Any, formats: tuple[str, ...]
+) -> None:
+    exact = RAMP / 65535 * 255 if numbers.dtype.kind == "f" else RAMP / 257
+    expected = np.stack([np.rint(exact)] * 3, 2)
+    colours = np.stack([numbers] * 3, 2)
+    got = {
+        "array": load_image(numbers),
+        "pillow": load_image(Image.fromarray(numbers)),
+        "pair": as_split((colours[None], [0])).images[0],
+        "tensor": as_split((torch.from_numpy(colours[None]), [0])).images[0],
+        "items": as_split(Items(numbers)).images[0],
+        "item-arrays": as_split(Items(numbers, as_array=True)).images[0],
+    }
+    for kind in formats:
+        file = io.BytesIO()
+        Image.fromarray(numbers).save(file, kind)
+        got[f"file {kind}"] = load_image(file.getvalue())
+        path = image_folder / "train" / "ant" / f"!.{kind}"
+        path.write_bytes(file.getvalue())
+        got[f"folder {kind}"] = load_data(str(image_folder)).train.images[0]
+        path.unlink()
+        write_cells(parquet_folder / HUB_FILES["test"], "img", [file.getvalue()] * 2)
+        got[f"parquet {kind}"] = load_data(str(parquet_folder)).test.images[0]
+    for name, pixels in got.items():
+        np.testing.assert_array_equal(pixels, expected, err_msg=name)
+
+
+class Items:
+    """A data set of one image, as torchvision has them."""
+
+    def __init__(self, numbers: Any, as_array: bool = False) -> None:
+        self._image = numbers if as_array else Image.fromarray(numbers)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self._image, 0
+
+
 # ---------------------------------------------------------------- scenes and bad sources
 
 
@@ -533,7 +886,7 @@ def test_size_must_be_positive(image_folder: Path, size: int) -> None:
         load_data(str(image_folder), image_size=size)
 
 
-@pytest.mark.parametrize("source", ["hub", "toronto", "scenes"])
+@pytest.mark.parametrize("source", ["hub", "toronto", "cifar100", "scenes"])
 def test_only_image_folders_have_another_size(source: str) -> None:
     with pytest.raises(InputError, match="image_size must be 32"):
         load_data(source, image_size=64)
