@@ -149,7 +149,7 @@ def _expand_folders(sources: list[str]) -> list[str]:
 
     Hidden files are no images, such as the `._` files of macOS.
     """
-    from labkit.images import SUFFIXES, describe
+    from labkit.images import SUFFIXES, describe, list_images
     from labkit.runtime import InputError
 
     expanded: list[str] = []
@@ -157,14 +157,13 @@ def _expand_folders(sources: list[str]) -> list[str]:
         if not os.path.isdir(source):  # pathlib's own test raises for a name that is too long
             expanded.append(source)
             continue
-        visible = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
-        inside = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
-        if not inside:
+        images, others = list_images(Path(source), recursive=False)
+        if not images:
             raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
-        if skipped := [describe(path) for path in sorted(set(visible) - set(inside))]:
-            names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-            _logger.warning("%s: skipped %d that are no images: %s", source, len(skipped), names)
-        expanded += map(str, inside)
+        if others:
+            names = ", ".join(map(describe, others[:5])) + (", ..." if len(others) > 5 else "")
+            _logger.warning("%s: skipped %d that are no images: %s", source, len(others), names)
+        expanded += map(str, images)
     return expanded
 
 

@@ -263,7 +263,7 @@ def test_segment_of_a_folder_skips_and_names_what_is_no_image(
     documents = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("out/*/masks.json"))]
     assert [d["images"][0]["file_name"] for d in documents] == ["A: b?.PNG", "a.png"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001-A_b", "0002-a"]
-    assert "skipped 2 that are no images: folder.png, notes.txt" in caplog.text
+    assert "skipped 2 that are no images: ._a.png, notes.txt" in caplog.text
 
 
 def test_segment_goes_on_after_an_image_that_cannot_be_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,18 +132,9 @@ def evaluate(
     resolved = (
         precision if isinstance(precision, Precision) else resolve_precision(precision, target)
     )
-    plain, mirrored = (
-        predict_logits(
-            model,
-            split.images,
-            mean=mean,
-            std=std,
-            device=target,
-            precision=resolved,
-            flip=flip,
-        )
-        for flip in (False, True)
-    )
+    options: dict[str, Any] = {"mean": mean, "std": std, "device": target, "precision": resolved}
+    plain = predict_logits(model, split.images, **options)
+    mirrored = predict_logits(model, split.images, **options, flip=True)
     averaged = (plain + mirrored) / 2
     return Metrics.from_probabilities(
         plain.softmax(1).numpy(), split.labels, split.classes, averaged.softmax(1).numpy()

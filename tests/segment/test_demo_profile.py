@@ -96,7 +96,9 @@ def test_profiles_and_sizes_that_do_not_exist_are_named() -> None:
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = checkpoints.find_spec
     monkeypatch.setattr(checkpoints, "find_spec", lambda n: None if n == "sam2" else find_spec(n))
-    with pytest.raises(SourceError, match=r"needs sam2: in a clone of labkit, pip install .*--no-deps sam2"):
+    with pytest.raises(
+        SourceError, match=r"needs sam2: in a clone of labkit, pip install .*--no-deps sam2"
+    ):
         TextSegmenter.from_profile("demo")
 
 
