@@ -37,7 +37,7 @@ def install_labkit(repository="", extras=(), needs=()):
         needs: modules without which an installed labkit is not enough.
 
     Raises:
-        RuntimeError: labkit was not found, or `repository` names no repository.
+        SystemExit: labkit was not found, or `repository` names no repository.
     """
     options = f"[{','.join(extras)}]" if extras else ""
     checkout = find_checkout(Path.cwd())
@@ -83,10 +83,10 @@ def parse_repository(text):
     name = address.removeprefix("https://github.com/").removesuffix("/").removesuffix(".git")
     if re.fullmatch(NAME, name):
         address = f"https://github.com/{name}"
-    elif not re.fullmatch(r"(https://[A-Za-z0-9.-]+|file:/)(/[A-Za-z0-9._-]+)+", address):
-        raise RuntimeError(f"repository must be owner/name or an https address, got {text!r}")
+    elif not re.fullmatch(r"(https://[A-Za-z0-9.-]+|file://)(/[A-Za-z0-9._-]+)+", address):
+        raise SystemExit(f"repository must be owner/name or an https address, got {text!r}")
     if ref and not re.fullmatch(REF, ref):
-        raise RuntimeError(f"the ref after @ must be a branch, tag or commit, got {ref!r}")
+        raise SystemExit(f"the ref after @ must be a branch, tag or commit, got {ref!r}")
     return address, ref
 
 
@@ -110,7 +110,7 @@ def find_opened_from(sessions):
             counts. Colab gives a session the path "fileId=" and the quoted address of its notebook.
 
     Raises:
-        RuntimeError: none of them does.
+        SystemExit: none of them does.
     """
     for address in sessions:
         found = set()
@@ -124,7 +124,7 @@ def find_opened_from(sessions):
                     found.add((f"https://github.com/{match[1]}", match[2]))
         if len(found) == 1:
             return found.pop()
-    raise RuntimeError(NOT_FOUND)
+    raise SystemExit(NOT_FOUND)
 
 
 def list_requirements(extras):

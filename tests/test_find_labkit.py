@@ -57,6 +57,7 @@ def test_set_up_cell_carries_the_text_of_the_script(name: str) -> None:
         ("https://github.com/ada/labkit.git@a/b-c", ("https://github.com/ada/labkit", "a/b-c")),
         ("https://github.com/ada/labkit/", ("https://github.com/ada/labkit", "")),
         ("https://git.example.org/x/labkit@0a1b", ("https://git.example.org/x/labkit", "0a1b")),
+        ("file:///home/ada/labkit", ("file:///home/ada/labkit", "")),
     ],
 )
 def test_repositories_are_names_or_addresses_with_a_ref(text: str, expected: object) -> None:
@@ -75,7 +76,7 @@ def test_anything_else_is_refused(text: str) -> None:
     if text.endswith("@"):  # no ref is no ref
         assert find_labkit.parse_repository(text)[1] == ""
         return
-    with pytest.raises(RuntimeError, match="must be"):
+    with pytest.raises(SystemExit, match="must be"):
         find_labkit.parse_repository(text)
 
 
@@ -115,7 +116,7 @@ def test_repository_is_that_from_which_colab_opened_the_notebook(loopback: Loopb
 def test_what_names_no_single_repository_ends_in_one_clear_sentence(
     loopback: LoopbackServer, sessions: list[object]
 ) -> None:
-    with pytest.raises(RuntimeError, match="owner/name, or upload the folder of labkit"):
+    with pytest.raises(SystemExit, match="owner/name, or upload the folder of labkit"):
         find_labkit.find_opened_from([serve(loopback, *sessions)])
 
 
@@ -123,7 +124,7 @@ def test_a_silent_list_of_sessions_is_given_up_after_two_seconds(loopback: Loopb
     address = serve(loopback, make_session(FORK))
     loopback.fail("/api/sessions", Fault.STALL)
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="labkit was not found"):
+    with pytest.raises(SystemExit, match="labkit was not found"):
         find_labkit.find_opened_from([address])
     assert 1.5 < time.monotonic() - started < 6
 
