@@ -41,8 +41,9 @@ def install_labkit(repository="", extras=(), needs=()):
     """
     options = f"[{','.join(extras)}]" if extras else ""
     checkout = find_checkout(Path.cwd())
-    if importlib.util.find_spec("labkit"):
-        print(f"labkit is installed, in {Path(importlib.util.find_spec('labkit').origin).parent}")
+    spec = importlib.util.find_spec("labkit")
+    if spec and spec.origin:  # a mere folder of that name, such as a checkout, has no origin
+        print(f"labkit is installed, in {Path(spec.origin).parent}")
         missing = [name for name in needs if importlib.util.find_spec(name) is None]
         sources = list_requirements(extras) if missing else []
     elif checkout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import re
@@ -183,6 +184,20 @@ def test_a_checkout_beside_the_notebook_comes_before_a_repository(
     find_labkit.install_labkit("ada/labkit", extras=["segment"])
     assert commands.sources == [[f"{tmp_path / 'labkit'}[segment]"]]
     assert f"checkout {tmp_path / 'labkit'}" in capsys.readouterr().out
+
+
+def test_a_folder_of_the_name_is_no_installed_labkit(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "labkit" / "labkit").mkdir(parents=True)
+    (tmp_path / "labkit" / "labkit" / "__init__.py").touch()
+    (tmp_path / "labkit" / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    namespace = importlib.machinery.PathFinder.find_spec("labkit", [str(tmp_path)])
+    assert namespace and namespace.origin is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: namespace)
+    find_labkit.install_labkit()
+    assert commands.sources == [[str(tmp_path / "labkit")]]
 
 
 def test_the_named_repository_comes_before_the_one_it_was_opened_from(
