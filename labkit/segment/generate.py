@@ -172,16 +172,20 @@ def generate_masks(
         attempts: list[PointMask] = []
         for start in range(0, len(points), _POINTS_AT_ONCE):
             part = points[start : start + _POINTS_AT_ONCE]
-            logits, ious = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
-            logits -= thresholds.mask
-            masks = zip(part, logits, ious, strict=True)
-            attempts += [_select_point_mask(*each, (height, width)) for each in masks]
+            predictions = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
+            attempts += [
+                _select_point_mask(point, logits - thresholds.mask, ious, (height, width))
+                for point, logits, ious in zip(part, *predictions, strict=True)
+            ]
         prompts = split_instances(
             query.pending, attempts, query.heat, sam2.low_res_size, thresholds.overlap
         )
-        logits, ious = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
-        logits -= thresholds.mask
-        candidates = list(map(select_mask, prompts, logits, ious))
+        predictions = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
+        candidates = [
+            select_mask(prompt, logits - thresholds.mask, ious)
+            for prompt, logits, ious in zip(prompts, *predictions, strict=True)
+        ]
+        del predictions  # four masks a prompt, of which one is kept
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
     return replace(query, candidates=_keep_supported(query.candidates, query.heat))
 
