@@ -143,8 +143,13 @@ class Sam2:
         for count in np.unique(counts):
             rows = np.flatnonzero(counts == count)
             decode = partial(self._decode, features, *_to_tensors([prompts[row] for row in rows]))
-            parts = run_in_parts(decode, len(rows), size=_PROMPTS_AT_ONCE, what="prompts")
-            logits[rows], ious[rows] = map(np.concatenate, zip(*parts, strict=True))
+            start = 0
+            for masks, estimates in run_in_parts(
+                decode, len(rows), size=_PROMPTS_AT_ONCE, what="prompts"
+            ):
+                part = rows[start : start + len(masks)]
+                logits[part], ious[part] = masks, estimates
+                start += len(masks)
         return logits, ious
 
     def predict_points(

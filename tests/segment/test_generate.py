@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -393,9 +394,9 @@ def test_higher_mask_threshold_gives_smaller_masks() -> None:
     hill = np.maximum(0, 10 - np.hypot(*(axis - 24 for axis in np.mgrid[:LOW_RES, :LOW_RES])))
 
     class Hill(KnowingSam2):
-        def predict(self, _: object, prompts: object) -> Any:
-            logits = np.tile(np.float32(hill) - 3, (1, 4, 1, 1))
-            return logits, np.full((1, 4), 0.9, np.float32)
+        def predict(self, _: object, prompts: Sequence[Prompt]) -> Any:
+            logits = np.tile(np.float32(hill) - 3, (len(prompts), 4, 1, 1))
+            return logits, np.full((len(prompts), 4), 0.9, np.float32)
 
     stub: Any = Hill()
     features: Any = object()
