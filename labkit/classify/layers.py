@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tokens = Literal["patch", "conv"]
+Tokens = Literal["patch", "conv", "stem"]
 
 STEM_CHANNELS = 32
 
@@ -116,17 +117,47 @@ class Block(nn.Module):
         return output
 
 
+def _create_stem(patch_size: int, embed_dim: int) -> nn.Sequential:
+    """Convolutions that halve the resolution until a patch is one pixel (Xiao et al. 2021).
+
+    Each is followed by BatchNorm; all but the last, which gives the tokens, by GELU too.
+    """
+    halvings = patch_size.bit_length() - 1
+    widths = [3, *(STEM_CHANNELS * 2**level for level in range(halvings)), embed_dim]
+    layers: list[nn.Module] = []
+    for level, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        stride = 2 if level else 1
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.GELU(),
+        ]
+    return nn.Sequential(*layers[:-1])
+
+
 class PatchEmbedding(nn.Module):
-    """Images (B, 3, H, W) to tokens (B, T, C), one per patch, row by row."""
+    """Images (B, 3, H, W) to tokens (B, T, C), one per patch, row by row.
+
+    Args:
+        patch_size: height and width of a patch in pixels; a power of 2 for `stem`.
+        embed_dim: channels C of a token.
+        tokens: patches embedded directly (`patch`), after a 3x3 convolution and GELU (`conv`), or
+            by a stack of convolutions that see beyond their patch (`stem`; Xiao et al. 2021,
+            arXiv 2106.14881).
+    """
 
     def __init__(self, patch_size: int, embed_dim: int, tokens: Tokens) -> None:
         super().__init__()
-        conv = tokens == "conv"
-        stem = nn.Sequential(nn.Conv2d(3, STEM_CHANNELS, 3, padding=1), nn.GELU())
-        self.stem = stem if conv else nn.Identity()
-        self.proj = nn.Conv2d(
-            STEM_CHANNELS if conv else 3, embed_dim, patch_size, stride=patch_size
-        )
+        self.stem: nn.Module = nn.Identity()
+        self.proj: nn.Module = nn.Identity()
+        if tokens == "stem":
+            self.stem = _create_stem(patch_size, embed_dim)
+            return
+        channels = 3
+        if tokens == "conv":
+            channels = STEM_CHANNELS
+            self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.GELU())
+        self.proj = nn.Conv2d(channels, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed every patch."""

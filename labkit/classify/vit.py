@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads, of C / num_heads channels each.
         mlp_ratio: hidden channels of an MLP as a multiple of C.
-        tokens: patches embedded directly, or after a 3x3 convolution and GELU.
+        tokens: how patches become tokens (see `labkit.classify.layers.PatchEmbedding`).
         pool: what is classified: a CLS token, the mean of the tokens, or their mean with learned
             weights, the sequence pooling of CCT (Hassani et al. 2021).
         relative_bias: add a 2-D relative position bias to the attention.
@@ -173,6 +173,8 @@ class VisionTransformer(nn.Module):
             {"tokens": (tokens, Tokens), "pool": (pool, Pool)},
             {"drop_path_rate": drop_path_rate, "head_dropout": head_dropout},
         )
+        if tokens == "stem" and patch_size & (patch_size - 1):
+            raise InputError(f"a stem needs a patch_size that is a power of 2, got {patch_size}")
         if mimetic and embed_dim % 4:
             raise InputError(f"mimetic needs an embed_dim that is a multiple of 4, got {embed_dim}")
         self.grid = image_size // patch_size

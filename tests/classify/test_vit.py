@@ -235,6 +235,25 @@ def test_convolutional_tokens_keep_the_grid_of_the_patches() -> None:
     assert changed.nonzero().flatten().tolist() == [255]
 
 
+def test_stem_tokens_keep_the_grid_and_see_beyond_their_patch() -> None:
+    model = VisionTransformer(
+        tokens="stem", patch_size=4, embed_dim=16, depth=1, num_heads=2, pool="mean"
+    ).eval()
+    images = noise(1, 3, 32, 32)
+    assert model.patch_embed(images).shape == (1, 64, 16)
+    moved = images.clone()
+    moved[..., 2, 6] += 1  # a token at (y, x) sees 4 pixels around pixel (4 y, 4 x)
+    changed = (model.patch_embed(images) - model.patch_embed(moved)).abs().sum(2)[0] > 1e-7
+    assert changed.nonzero().flatten().tolist() == [1, 2, 9, 10]
+
+
+def test_stem_is_the_convolutions_of_its_paper() -> None:
+    patch_embed = tiny(tokens="stem", patch_size=4).patch_embed
+    convolutions = [module for module in patch_embed.modules() if isinstance(module, nn.Conv2d)]
+    shapes = [(conv.out_channels, conv.kernel_size, conv.stride) for conv in convolutions]
+    assert shapes == [(32, (3, 3), (1, 1)), (64, (3, 3), (2, 2)), (16, (3, 3), (2, 2))]
+
+
 def test_drop_path_rises_linearly_to_its_rate() -> None:
     model = tiny(depth=3, drop_path_rate=0.2)
     rates = [getattr(block.drop_path, "drop_prob", 0) for block in model.blocks]
@@ -299,7 +318,8 @@ def test_same_seed_gives_same_weights() -> None:
         ({"patch_size": 0}, "patch_size must be at least 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio"),
         ({"pool": "max"}, "pool must be one of cls, mean, sequence, got 'max'"),
-        ({"tokens": "word"}, "tokens must be one of patch, conv"),
+        ({"tokens": "word"}, "tokens must be one of patch, conv, stem"),
+        ({"tokens": "stem", "patch_size": 12, "image_size": 36}, "power of 2, got 12"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1"),
         ({"head_dropout": -0.1}, "head_dropout"),
         ({"mimetic": True, "embed_dim": 18}, "multiple of 4, got 18"),
