@@ -138,7 +138,9 @@ def segment(
         for result in found.sentences:
             count = len(result.objects)
             verdict = f"{count} found" if count else f"not found: {result.reason}"
-            print(f"{name}  {result.sentence!r}  {verdict} (presence {result.presence:.2f}){note}")
+            hint = f"; rather ask for {result.list_suggestions()}" if result.suggestions else ""
+            score = f"(presence {result.presence:.2f})"
+            print(f"{name}  {result.sentence!r}  {verdict} {score}{hint}{note}")
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")

@@ -228,6 +228,27 @@ def test_help_and_usage_reach_a_narrow_console(command: str, tmp_path: Path) -> 
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
 
 
+def test_segment_suggests_the_other_number_of_what_is_absent(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from labkit.segment import pipeline
+
+    true = make_object_scene(0, seed=EVALUATION_SEED).present[0]
+    monkeypatch.setattr(pipeline, "vary_sentence", lambda _: [true])
+    command = ["segment", str(scenes / "0.png"), "--prompt", "zebras", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    line = capsys.readouterr().out.splitlines()[0]
+    (result,) = json.loads((tmp_path / "masks.json").read_text())["sentences"]
+    shown = f"rather ask for {true!r} ({result['suggestions'][true]:.2f})"
+    assert "'zebras'  not found" in line and shown in line
+
+
 def test_segment_says_once_that_a_sentence_reads_like_a_list(
     scenes: Path,
     tmp_path: Path,
