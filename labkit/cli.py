@@ -67,13 +67,14 @@ def train(
         _print_metrics(run)
 
 
-def _print_metrics(run: Any) -> None:
+def _print_metrics(run: Any, *, has_report: bool = True) -> None:
     metrics = run.metrics
     low, high = metrics.accuracy_interval
     print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
     print(f"test accuracy   {metrics.accuracy:.2%}  (95 % interval {low:.2%} to {high:.2%})")
     print(f"with flip TTA   {metrics.accuracy_tta:.2%}")
-    print(f"report          {run.folder / 'report.html'}")
+    if has_report:
+        print(f"report          {run.folder / 'report.html'}")
 
 
 @app.command("eval")
@@ -82,13 +83,16 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other images than it was trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Measure a finished run again, and write its report anew."""
+    """Measure a finished run again, and write its report anew.
+
+    On other images than it was trained on, nothing is written.
+    """
     from labkit.classify.run import load_run
 
     loaded = load_run(run, data=data, device=device)
-    if data is None:
+    if not loaded.is_on_other_data:
         loaded.report()
-    _print_metrics(loaded)
+    _print_metrics(loaded, has_report=not loaded.is_on_other_data)
 
 
 @app.command()

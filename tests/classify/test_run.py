@@ -139,6 +139,45 @@ def test_a_run_says_what_it_was_measured_on(
     assert changed.facts["data_fingerprint"] == run.data.fingerprint
 
 
+def test_a_run_measured_on_other_data_never_overwrites_the_original(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    assert run.folder is not None
+    files = ("config.json", "history.jsonl", "metrics.json", "model.safetensors", "report.html")
+    before = {name: (run.folder / name).read_bytes() for name in files}
+    inverted = [
+        Split(255 - split.images, split.labels, split.classes)
+        for split in (squares.train, squares.test)
+    ]
+    other = load_run(run.folder, data=ImageData.from_splits(*inverted, name="inverted"))
+    assert other.is_on_other_data and not run.is_on_other_data
+    for write in (other.save, other.report, lambda: other.save(run.folder / ".")):
+        with pytest.raises(
+            InputError, match=r"measured on inverted, .*; name another folder"
+        ) as no:
+            write()
+        assert "\n" not in str(no.value)
+    assert {name: (run.folder / name).read_bytes() for name in files} == before
+    other.save(tmp_path / "inverted")
+    assert json.loads((tmp_path / "inverted" / "metrics.json").read_text()) == other.to_json()
+    assert {path.name for path in (tmp_path / "inverted").iterdir()} == set(files)
+    again = load_run(tmp_path / "inverted", data=other.data)
+    np.testing.assert_array_equal(again.metrics.confusion, other.metrics.confusion)
+    same = load_run(run.folder, data=squares)
+    assert not same.is_on_other_data
+    same.report()
+
+
+def test_a_run_without_a_folder_is_saved_where_it_is_told(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    unsaved = fit(dataclasses.replace(tiny_config, epochs=1), data=squares, device="cpu")
+    with pytest.raises(InputError, match="no folder"):
+        unsaved.report()
+    unsaved.save(tmp_path / "new")
+    assert load_run(tmp_path / "new", data=squares).metrics.accuracy == unsaved.metrics.accuracy
+
+
 def test_data_of_other_classes_or_another_size_is_refused(
     run: Run, squares: ImageData, image_folder: Path
 ) -> None:
