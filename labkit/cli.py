@@ -165,10 +165,12 @@ def _expand_folders(sources: list[str]) -> list[str]:
             continue
         images, others = list_images(Path(source), recursive=False)
         if not images:
-            raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"{describe(source)} holds no image ({suffixes})")
         if others:
             names = ", ".join(map(describe, others[:5])) + (", ..." if len(others) > 5 else "")
-            _logger.warning("%s: skipped %d that are no images: %s", source, len(others), names)
+            where = describe(source)
+            _logger.warning("%s: skipped %d that are no images: %s", where, len(others), names)
         expanded += map(str, images)
     return expanded
 

@@ -288,6 +288,22 @@ def test_segment_of_a_folder_skips_and_names_what_is_no_image(
     assert "skipped 2 that are no images: ._a.png, notes.txt" in caplog.text
 
 
+def test_a_folder_without_images_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "two\nlines"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system stores no such name")
+    command = ["segment", str(folder), "--prompt", "star", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "lines holds no image" in line
+
+
 def test_segment_goes_on_after_an_image_that_cannot_be_read(
     scenes: Path,
     tmp_path: Path,

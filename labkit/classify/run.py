@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.sources import crop_square
 from labkit.classify.vit import compute_attention_rollout, has_attention
-from labkit.files import open_atomic, write_json, write_json_lines
+from labkit.files import describe_unreadable, open_atomic, write_json, write_json_lines
 from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
 from labkit.runtime import (
     InputError,
+    LabkitError,
     Precision,
+    as_one_line,
     describe_device,
     get_versions,
     measure_peak_memory,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MISTAKES = 18
 ATTENDED = 8
@@ -309,6 +314,28 @@ def collect_facts(
     }
 
 
+def _parse_lines(text: str) -> list[dict[str, float]]:
+    return [dict(json.loads(line)) for line in text.splitlines()]
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of the text of a file of the run."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except LabkitError:
+        raise
+    except OSError as error:
+        raise describe_unreadable(path, error) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _describe_damage(path, error) from error
+
+
+def _describe_damage(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is damaged ({as_one_line(error)}); copy it anew, or train the run again"
+    )
+
+
 def load_run(
     folder: Path | str,
     *,
@@ -331,20 +358,24 @@ def load_run(
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
 
     Raises:
-        InputError: there is no finished run in `folder`, it needs `data` or `model`, or `data` has
-            other classes or images of another size.
+        InputError: there is no finished run in `folder`, a file of it is damaged, it needs `data`
+            or `model`, or `data` has other classes or images of another size.
         SourceError: the data it was trained on could not be had.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    missing = [name for name in (CONFIG, HISTORY, METRICS, WEIGHTS) if not (folder / name).exists()]
+    names = (CONFIG, HISTORY, METRICS, WEIGHTS)
+    missing = [name for name in names if not os.path.exists(folder / name)]  # false for any name
     if missing:
         raise InputError(
             f"{folder} holds no finished run ({', '.join(missing)} missing); "
             "train one with: labkit train --out FOLDER"
         )
-    config = TrainConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
+    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
+    history = _read(folder / HISTORY, _parse_lines)
     if data is None and config.data == "custom":
         raise InputError(
             f"{folder} was trained on data of your own: "
@@ -352,7 +383,6 @@ def load_run(
         )
     if model is None and config.model == "custom":
         raise InputError(f"{folder} was trained with a network of your own: pass model=")
-    saved = json.loads((folder / METRICS).read_text())
     for key in ("evaluated_on", "evaluated_on_fingerprint"):
         saved.pop(key, None)
     source = config.data if data is None else data
@@ -379,6 +409,8 @@ def load_run(
         model = create_from_config(config, len(images.classes), pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise _describe_damage(folder / WEIGHTS, error) from error
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
     model.eval()
@@ -394,7 +426,7 @@ def load_run(
         config=config,
         model=model,
         data=images,
-        history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
+        history=history,
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,

@@ -22,7 +22,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import compute_checksum, compute_checksums, download, download_from_hub
+from labkit.files import (
+    compute_checksum,
+    compute_checksums,
+    describe_unreadable,
+    download,
+    download_from_hub,
+)
 from labkit.images import is_system_file, list_images, open_image, to_rgb
 from labkit.runtime import InputError, SourceError, as_one_line
 
@@ -194,7 +200,11 @@ def _resize_batches(batches: Iterable[Batch], image_size: int) -> Iterator[Batch
 
 
 def _find_folder(source: str, cache: Path, image_size: int) -> Source:
-    root = Path(source).expanduser()
+    try:
+        root = Path(source).expanduser()
+        root.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # also a zero byte, an unknown user
+        raise _refuse_source(source, "no such folder") from error
     name = root.resolve().name
 
     for folder in (root / inner for inner in PARQUET_FOLDERS):
@@ -202,7 +212,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
         for split in SPLITS:
             names[split], files[split] = _choose_parquet(folder, split)
         if all(files.values()):
-            marks = [f"{path.name} {compute_checksum(path)}" for s in SPLITS for path in files[s]]
+            marks = [f"{path.name} {_hash_file(path)}" for s in SPLITS for path in files[s]]
             marks += [] if image_size == CIFAR10_SIZE else [str(image_size)]
             read = partial(_read_parquet, files, image_size)
             remarks = _describe_split(names["test"], "-*.parquet")
@@ -211,7 +221,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     for folder in (root, root / CIFAR10_FOLDER):
         paths = {s: [folder / file for file in CIFAR10_BATCHES[s]] for s in SPLITS}
         if all(path.is_file() for s in SPLITS for path in paths[s]):
-            marks = [compute_checksum(path) for s in SPLITS for path in paths[s]]
+            marks = [_hash_file(path) for s in SPLITS for path in paths[s]]
             read = partial(_read_cifar10_folder, paths)
             return Source("batches", name, CIFAR10_SIZE, _hash(marks), read)
 
@@ -219,8 +229,19 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     if all(chosen.values()):
         return _find_image_folder(root, chosen, cache, image_size)
 
-    holds = "nothing of that" if root.is_dir() else "no such folder"
-    raise InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
+    raise _refuse_source(source, "nothing of that" if root.is_dir() else "no such folder")
+
+
+def _refuse_source(source: str, holds: str) -> InputError:
+    return InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
+
+
+def _hash_file(path: Path) -> str:
+    """The checksum of a file that may be a link to nowhere or a folder."""
+    try:
+        return compute_checksum(path)
+    except OSError as error:
+        raise describe_unreadable(path, error) from error
 
 
 def _choose_folder(root: Path, split: str) -> str:

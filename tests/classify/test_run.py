@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,35 @@ def test_a_run_measured_on_other_data_never_overwrites_the_original(
     same = load_run(run.folder, data=squares)
     assert not same.is_on_other_data
     same.report()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xe9\xff"])
+@pytest.mark.parametrize("name", ["config.json", "history.jsonl", "metrics.json"])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(
+    run: Run, squares: ImageData, tmp_path: Path, name: str, content: bytes
+) -> None:
+    assert run.folder is not None
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is damaged") as caught:
+        load_run(tmp_path / "run", data=squares)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_of_a_run_are_named(run: Run, squares: ImageData, tmp_path: Path) -> None:
+    assert run.folder is not None
+    shutil.copytree(run.folder, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    for length in (0, 100, len(weights.read_bytes()) - 1):
+        weights.write_bytes(weights.read_bytes()[:length])
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+            load_run(tmp_path / "run", data=squares)
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "x" * 300])
+def test_names_that_no_folder_can_have_hold_no_run(folder: str) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        load_run(folder)
 
 
 def test_a_run_without_a_folder_is_saved_where_it_is_told(

@@ -873,6 +873,27 @@ def test_unknown_source_lists_what_there_is(tmp_path: Path, there: bool) -> None
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["a\0b", "x" * 300, "x/" * 3000, "~no such user/x", "a\nb"])
+def test_names_that_no_folder_can_have_are_no_source(source: str) -> None:
+    with pytest.raises(InputError, match="which holds no such folder") as caught:
+        load_data(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None:
+    """A snapshot of the hub's cache that was copied without its blobs holds such links."""
+    for split in ("train", "test"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        if kind == "link":
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(tmp_path / "gone")
+        else:
+            path.mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"train-00000-of-00001\.parquet could not be read"):
+        load_data(str(tmp_path))
+
+
 def test_incomplete_batches_are_not_a_data_set(tmp_path: Path) -> None:
     for name, body in batch_files().items():
         (tmp_path / name).write_bytes(body)
