@@ -36,6 +36,9 @@ def train(
     preset: Annotated[str, typer.Option(help="Name of the recipe.")] = "seed-resnet18",
     data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
     epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels, instead of the preset's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
@@ -51,7 +54,8 @@ def train(
     from labkit.classify.fit import fit
     from labkit.runtime import World
 
-    changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    own = {"epochs": epochs, "image_size": image_size}
+    changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     config = get_preset(
         preset,
         data=data,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from labkit.classify.config import TrainConfig
 from labkit.cli import main
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 
@@ -85,6 +86,21 @@ def test_eval_on_other_data_takes_the_image_size_of_the_run(
     assert (tmp_path / "out" / "report.html").read_bytes() == report
 
 
+def test_train_takes_the_image_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def keep_size(config: TrainConfig, **_: object) -> None:
+        sizes.append(config.image_size)
+        raise SystemExit
+
+    monkeypatch.setattr("labkit.classify.fit.fit", keep_size)
+    for arguments in ([], ["--image-size", "48"]):
+        monkeypatch.setattr(sys, "argv", ["labkit", "train", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    assert sizes == [32, 48]
+
+
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
 def test_only_the_main_process_prints_the_result(
     rank: str, prints: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -117,6 +133,8 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["train", "--data", "no-such-folder"], "no-such-folder"),
         (["train", "--data", "scenes", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--data", "scenes", "--val-size=-1"], "val_size must be at least 0"),
+        (["train", "--data", "scenes", "--image-size", "0"], "image_size must be at least 1"),
+        (["train", "--data", "scenes", "--image-size", "48"], "image_size must be 32 for 'scenes'"),
         (["train", "--data", "scenes", "--device", "warp"], "device 'warp' is unknown"),
         (["segment", "gone.png", "--prompt", "star", "--profile", "demo"], "gone.png"),
         (["segment", "x.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),
