@@ -36,6 +36,9 @@ def train(
     preset: Annotated[str, typer.Option(help="Name of the recipe.")] = "seed-resnet18",
     data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
     epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels, instead of the preset's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
@@ -51,7 +54,8 @@ def train(
     from labkit.classify.fit import fit
     from labkit.runtime import World
 
-    changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    own = {"epochs": epochs, "image_size": image_size}
+    changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     config = get_preset(
         preset,
         data=data,
@@ -67,13 +71,14 @@ def train(
         _print_metrics(run)
 
 
-def _print_metrics(run: Any) -> None:
+def _print_metrics(run: Any, *, has_report: bool = True) -> None:
     metrics = run.metrics
     low, high = metrics.accuracy_interval
     print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
     print(f"test accuracy   {metrics.accuracy:.2%}  (95 % interval {low:.2%} to {high:.2%})")
     print(f"with flip TTA   {metrics.accuracy_tta:.2%}")
-    print(f"report          {run.folder / 'report.html'}")
+    if has_report:
+        print(f"report          {run.folder / 'report.html'}")
 
 
 @app.command("eval")
@@ -82,13 +87,16 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other images than it was trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Measure a finished run again, and write its report anew."""
+    """Measure a finished run again, and write its report anew.
+
+    On other images than it was trained on, nothing is written.
+    """
     from labkit.classify.run import load_run
 
     loaded = load_run(run, data=data, device=device)
-    if data is None:
+    if not loaded.is_on_other_data:
         loaded.report()
-    _print_metrics(loaded)
+    _print_metrics(loaded, has_report=not loaded.is_on_other_data)
 
 
 @app.command()
@@ -138,7 +146,9 @@ def segment(
         for result in found.sentences:
             count = len(result.objects)
             verdict = f"{count} found" if count else f"not found: {result.reason}"
-            print(f"{name}  {result.sentence!r}  {verdict} (presence {result.presence:.2f}){note}")
+            hint = f"; rather ask for {result.list_suggestions()}" if result.suggestions else ""
+            score = f"(presence {result.presence:.2f})"
+            print(f"{name}  {result.sentence!r}  {verdict} {score}{hint}{note}")
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
@@ -159,10 +169,12 @@ def _expand_folders(sources: list[str]) -> list[str]:
             continue
         images, others = list_images(Path(source), recursive=False)
         if not images:
-            raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))})")
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"{describe(source)} holds no image ({suffixes})")
         if others:
             names = ", ".join(map(describe, others[:5])) + (", ..." if len(others) > 5 else "")
-            _logger.warning("%s: skipped %d that are no images: %s", source, len(others), names)
+            where = describe(source)
+            _logger.warning("%s: skipped %d that are no images: %s", where, len(others), names)
         expanded += map(str, images)
     return expanded
 

@@ -198,7 +198,7 @@ def _read_state(path: Path) -> list[int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise describe_unreadable(path, error) from error
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
@@ -219,12 +219,18 @@ def _hash_file(path: Path) -> str:
     try:
         return compute_checksum(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise describe_unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> SourceError:
+def describe_unreadable(name: object, error: OSError) -> SourceError:
+    """Return the error that says of a file or folder `name` why it could not be read.
+
+    Example:
+        >>> print(describe_unreadable("photo.png", OSError(5, "Input/output error")))
+        photo.png could not be read: Input/output error; check its permissions and disk
+    """
     return SourceError(
-        f"{path} could not be read: {error.strerror or error}; check its permissions and disk"
+        f"{name} could not be read: {error.strerror or error}; check its permissions and disk"
     )
 
 

@@ -25,6 +25,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.files import describe_unreadable
 from labkit.runtime import InputError, LabkitError, SourceError, as_one_line
 
 if TYPE_CHECKING:
@@ -181,9 +182,7 @@ def _read_file(path: str, label: str, max_bytes: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # or a zero byte in it
         raise InputError(f"{label} does not exist; check the path {path[:500]!r}") from error
     except OSError as error:
-        raise SourceError(
-            f"{label} could not be read: {error.strerror or error}; check its permissions and disk"
-        ) from error
+        raise describe_unreadable(label, error) from error
 
 
 def _decode(source: Image.Image | bytes, label: str, max_pixels: int) -> NDArray[np.uint8]:
@@ -314,10 +313,7 @@ def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], li
     except OSError as error:
         if isinstance(error, LabkitError):
             raise
-        name = error.filename or folder
-        raise SourceError(
-            f"{name} could not be read: {error.strerror or error}; check its permissions and disk"
-        ) from error
+        raise describe_unreadable(error.filename or folder, error) from error
     return sorted(images, key=lambda path: path.parts), sorted(others, key=lambda path: path.parts)
 
 

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -66,6 +66,24 @@ class _Scores(Protocol):
     def recall(self) -> float: ...
 
 
+@contextlib.contextmanager
+def use_plain_text() -> Iterator[None]:
+    """Let text be drawn by matplotlib itself in the block, even if the user's settings say LaTeX.
+
+    Names of classes are no LaTeX. A text keeps this choice, so that a figure may be shown later.
+
+    Example:
+        >>> with use_plain_text():
+        ...     create_figure(4, 3, "100 % demo").texts[0].get_usetex()
+        False
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": False}):
+        yield
+
+
+@use_plain_text()
 def plot_images(
     images: NDArray[np.uint8], titles: Sequence[str] = (), *, columns: int = 10, note: str = ""
 ) -> Figure:
@@ -88,6 +106,7 @@ def plot_images(
     return _draw_grid(images, titles, columns, note=note)
 
 
+@use_plain_text()
 def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "") -> Figure:
     """Draw loss, accuracy and learning rate over the epochs.
 
@@ -124,6 +143,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "")
     return figure
 
 
+@use_plain_text()
 def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: str = "") -> Figure:
     """Draw a confusion matrix.
 
@@ -181,6 +201,7 @@ def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: st
     return figure
 
 
+@use_plain_text()
 def plot_reliability(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure:
     """Draw accuracy over confidence, and below it the share of predictions in each bin.
 
@@ -216,6 +237,7 @@ def plot_reliability(bins: Sequence[_Bin], ece: float, note: str = "") -> Figure
     return figure
 
 
+@use_plain_text()
 def plot_class_scores(scores: Sequence[_Scores], note: str = "") -> Figure:
     """Draw recall and precision of each class, the class with the best recall at the top.
 
@@ -245,6 +267,7 @@ def plot_class_scores(scores: Sequence[_Scores], note: str = "") -> Figure:
     return figure
 
 
+@use_plain_text()
 def plot_mistakes(
     images: NDArray[np.uint8],
     labels: Sequence[int] | NDArray[np.integer[Any]],
@@ -274,6 +297,7 @@ def plot_mistakes(
     return _draw_grid(images, titles, 6, cell=1.35, note=note)
 
 
+@use_plain_text()
 def plot_attention(
     images: NDArray[np.uint8],
     maps: NDArray[np.floating[Any]],
@@ -317,6 +341,7 @@ def plot_attention(
     return figure
 
 
+@use_plain_text()
 def plot_augmentations(
     original: NDArray[np.uint8], variants: NDArray[np.uint8], note: str = ""
 ) -> Figure:

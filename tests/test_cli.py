@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from labkit.classify.config import TrainConfig
 from labkit.cli import main
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 
@@ -80,8 +81,24 @@ def test_eval_on_other_data_takes_the_image_size_of_the_run(
         patch.setattr(sys, "argv", command)
         main()
     assert not stop.value.code
-    assert "data            other" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "data            other" in told and "report" not in told
     assert (tmp_path / "out" / "report.html").read_bytes() == report
+
+
+def test_train_takes_the_image_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def keep_size(config: TrainConfig, **_: object) -> None:
+        sizes.append(config.image_size)
+        raise SystemExit
+
+    monkeypatch.setattr("labkit.classify.fit.fit", keep_size)
+    for arguments in ([], ["--image-size", "48"]):
+        monkeypatch.setattr(sys, "argv", ["labkit", "train", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    assert sizes == [32, 48]
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
@@ -116,6 +133,8 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["train", "--data", "no-such-folder"], "no-such-folder"),
         (["train", "--data", "scenes", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--data", "scenes", "--val-size=-1"], "val_size must be at least 0"),
+        (["train", "--data", "scenes", "--image-size", "0"], "image_size must be at least 1"),
+        (["train", "--data", "scenes", "--image-size", "48"], "image_size must be 32 for 'scenes'"),
         (["train", "--data", "scenes", "--device", "warp"], "device 'warp' is unknown"),
         (["segment", "gone.png", "--prompt", "star", "--profile", "demo"], "gone.png"),
         (["segment", "x.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),
@@ -228,6 +247,27 @@ def test_help_and_usage_reach_a_narrow_console(command: str, tmp_path: Path) -> 
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
 
 
+def test_segment_suggests_the_other_number_of_what_is_absent(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from labkit.segment import pipeline
+
+    true = make_object_scene(0, seed=EVALUATION_SEED).present[0]
+    monkeypatch.setattr(pipeline, "vary_sentence", lambda _: [true])
+    command = ["segment", str(scenes / "0.png"), "--prompt", "zebras", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    line = capsys.readouterr().out.splitlines()[0]
+    (result,) = json.loads((tmp_path / "masks.json").read_text())["sentences"]
+    shown = f"rather ask for {true!r} ({result['suggestions'][true]:.2f})"
+    assert "'zebras'  not found" in line and shown in line
+
+
 def test_segment_says_once_that_a_sentence_reads_like_a_list(
     scenes: Path,
     tmp_path: Path,
@@ -264,6 +304,22 @@ def test_segment_of_a_folder_skips_and_names_what_is_no_image(
     assert [d["images"][0]["file_name"] for d in documents] == ["A: b?.PNG", "a.png"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001-A_b", "0002-a"]
     assert "skipped 2 that are no images: ._a.png, notes.txt" in caplog.text
+
+
+def test_a_folder_without_images_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "two\nlines"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system stores no such name")
+    command = ["segment", str(folder), "--prompt", "star", "--profile", "demo"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "lines holds no image" in line
 
 
 def test_segment_goes_on_after_an_image_that_cannot_be_read(

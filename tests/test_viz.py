@@ -138,6 +138,19 @@ def test_figures_need_no_pyplot_and_neither_heed_nor_change_settings(
         assert settings() == before
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_is_taken_for_latex(name: str) -> None:
+    import matplotlib
+    from matplotlib.text import Text
+
+    plain = render(FIGURES[name]("100 % of class_1"))
+    with matplotlib.rc_context({"text.usetex": True}):
+        figure = FIGURES[name]("100 % of class_1")
+        np.testing.assert_array_equal(render(figure), plain)
+        assert not any(text.get_usetex() for text in figure.findobj(Text))
+        assert matplotlib.rcParams["text.usetex"]
+
+
 def test_grid_shows_every_image_with_hard_pixels_under_its_title() -> None:
     given = images(5)
     figure = viz.plot_images(given, list("abcde"), columns=3)

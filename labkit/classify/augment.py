@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from labkit.classify.auto_augment import rand_augment, trivial_augment
 from labkit.classify.config import TrainConfig
 from labkit.classify.data import Split, as_pixels, check_unit_range
+from labkit.images import scale_to_uint8
 from labkit.rng import integers, uniform
 from labkit.runtime import InputError, use_seed
 
@@ -254,6 +255,9 @@ class TrainLoader:
                 if image.is_floating_point():
                     check_unit_range(image, "the image that transform gave")
                     image = image * 255
+                elif image.dtype != torch.uint8:
+                    array = scale_to_uint8(image.cpu().numpy(), "the image that transform gave")
+                    image = torch.from_numpy(array)
                 images[row] = image
         return images.to(self._device)
 

@@ -216,8 +216,9 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
             in `train/<class>/*` and `test/<class>/*`. Where there is no `test`, `val`, `valid` or
             `validation` serves. What is no image is left out with a warning.
         cache: where to keep the decoded pixels and the archive; `labkit.files.get_cache_dir()`.
-        image_size: height and width in pixels; other than 32 only for a folder of images, of
-            which the central square is resized.
+        image_size: height and width in pixels. The central square of an image of another size is
+            resized to it, also the 32 x 32 pixels of CIFAR-10 and CIFAR-100; only the scenes are
+            always of 32.
 
     Raises:
         InputError: `source` is nothing of that, or its content cannot be used.

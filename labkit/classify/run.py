@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.sources import crop_square
 from labkit.classify.vit import compute_attention_rollout, has_attention
-from labkit.files import open_atomic, write_json
+from labkit.files import describe_unreadable, open_atomic, write_json, write_json_lines
 from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
 from labkit.runtime import (
     InputError,
+    LabkitError,
     Precision,
+    as_one_line,
     describe_device,
     get_versions,
     measure_peak_memory,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MISTAKES = 18
 ATTENDED = 8
@@ -73,6 +78,11 @@ class Run:
     def note(self) -> str:
         """What every figure must say on its face; empty for real data."""
         return self.data.note
+
+    @property
+    def is_on_other_data(self) -> bool:
+        """Whether it was measured on other images than those of the run in its folder."""
+        return "evaluated_on" in self.facts
 
     @property
     def has_attention(self) -> bool:
@@ -183,26 +193,56 @@ class Run:
         """The content of `metrics.json`."""
         return {**self.facts, **self.metrics.to_json()}
 
-    def save(self) -> None:
-        """Write `metrics.json`, weights and `report.html` to the run's folder, if it has one."""
-        if self.folder is None:
+    def save(self, folder: Path | str | None = None) -> None:
+        """Write `metrics.json`, weights and `report.html` to a folder.
+
+        Args:
+            folder: None takes that of the run, and writes nothing if it has none. A folder of
+                its own gets the recipe and the history too, so that `load_run` can read it.
+
+        Raises:
+            InputError: the run was measured on other data than those it was trained on, and
+                `folder` is that of the original.
+            SourceError: something could not be written.
+        """
+        if folder is None and self.folder is None:
             return
         from safetensors.torch import save
 
+        target = self._choose_folder(folder)
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        with open_atomic(self.folder / WEIGHTS) as file:
+        with open_atomic(target / WEIGHTS) as file:
             file.write(save(state))
-        write_json(self.folder / METRICS, self.to_json())
-        self.report()
+        if target != self.folder:
+            write_json(target / CONFIG, self.config.to_json())
+            write_json_lines(target / HISTORY, [dict(row) for row in self.history])
+        write_json(target / METRICS, self.to_json())
+        self.report(target)
 
-    def report(self) -> None:
-        """Write `report.html` to the run's folder.
+    def _choose_folder(self, folder: Path | str | None) -> Path:
+        """`folder`, or that of the run; never that of a run whose files would be overwritten."""
+        own = self.folder
+        target = own if folder is None else Path(folder)
+        if target is None:
+            raise InputError("this run has no folder to write to; pass out= to fit, or name one")
+        if self.is_on_other_data and own is not None and target.resolve() == own.resolve():
+            raise InputError(
+                f"this run was measured on {self.facts['evaluated_on']}, and {own} holds what was "
+                "measured on its own data; name another folder: run.save(FOLDER)"
+            )
+        return target
+
+    def report(self, folder: Path | str | None = None) -> None:
+        """Write `report.html` to a folder.
+
+        Args:
+            folder: None takes that of the run.
 
         Raises:
-            InputError: the run has no folder.
+            InputError: the run has no folder, or was measured on other data than those it was
+                trained on, and `folder` is that of the original.
         """
-        if self.folder is None:
-            raise InputError("this run has no folder to write a report to; pass out= to fit")
+        target = self._choose_folder(folder)
         metrics = self.metrics
         low, high = metrics.accuracy_interval
         facts = {
@@ -213,7 +253,7 @@ class Run:
         }
         rows = [(s.name, s.precision, s.recall, s.f1, s.support) for s in metrics.per_class]
         write_report(
-            self.folder / REPORT,
+            target / REPORT,
             title=f"{self.config.preset} on {self.data.name}",
             note=self.note,
             facts=facts,
@@ -274,6 +314,28 @@ def collect_facts(
     }
 
 
+def _parse_lines(text: str) -> list[dict[str, float]]:
+    return [dict(json.loads(line)) for line in text.splitlines()]
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of the text of a file of the run."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except LabkitError:
+        raise
+    except OSError as error:
+        raise describe_unreadable(path, error) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _describe_damage(path, error) from error
+
+
+def _describe_damage(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is damaged ({as_one_line(error)}); copy it anew, or train the run again"
+    )
+
+
 def load_run(
     folder: Path | str,
     *,
@@ -290,25 +352,30 @@ def load_run(
         folder: what `out` was in `labkit.fit`.
         data: other images than those it was trained on: a source as `labkit.load_data` takes it,
             which is loaded at the size of the run, or data that is loaded already. It is needed
-            for a run on data of your own, as `ImageData.from_splits(train, test)`.
+            for a run on data of your own, as `ImageData.from_splits(train, test)`. A run that was
+            measured on other data never overwrites the files in `folder`.
         model: a network that takes the saved weights; needed for a run of a network of your own.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
 
     Raises:
-        InputError: there is no finished run in `folder`, it needs `data` or `model`, or `data` has
-            other classes or images of another size.
+        InputError: there is no finished run in `folder`, a file of it is damaged, it needs `data`
+            or `model`, or `data` has other classes or images of another size.
         SourceError: the data it was trained on could not be had.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    missing = [name for name in (CONFIG, HISTORY, METRICS, WEIGHTS) if not (folder / name).exists()]
+    names = (CONFIG, HISTORY, METRICS, WEIGHTS)
+    missing = [name for name in names if not os.path.exists(folder / name)]  # false for any name
     if missing:
         raise InputError(
             f"{folder} holds no finished run ({', '.join(missing)} missing); "
             "train one with: labkit train --out FOLDER"
         )
-    config = TrainConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
+    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
+    history = _read(folder / HISTORY, _parse_lines)
     if data is None and config.data == "custom":
         raise InputError(
             f"{folder} was trained on data of your own: "
@@ -316,7 +383,8 @@ def load_run(
         )
     if model is None and config.model == "custom":
         raise InputError(f"{folder} was trained with a network of your own: pass model=")
-    saved = json.loads((folder / METRICS).read_text())
+    for key in ("evaluated_on", "evaluated_on_fingerprint"):
+        saved.pop(key, None)
     source = config.data if data is None else data
     if isinstance(source, str | Path):
         source = load_data(str(source), image_size=config.image_size)
@@ -341,6 +409,8 @@ def load_run(
         model = create_from_config(config, len(images.classes), pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise _describe_damage(folder / WEIGHTS, error) from error
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
     model.eval()
@@ -356,7 +426,7 @@ def load_run(
         config=config,
         model=model,
         data=images,
-        history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
+        history=history,
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,

@@ -14,7 +14,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import compute_checksum, compute_checksums, download, download_from_hub
+from labkit.files import (
+    compute_checksum,
+    compute_checksums,
+    describe_unreadable,
+    download,
+    download_from_hub,
+)
 from labkit.images import is_system_file, list_images, open_image, to_rgb
 from labkit.runtime import InputError, SourceError, as_one_line
 
@@ -148,37 +154,57 @@ def find_source(source: str, *, cache: Path, image_size: int = CIFAR10_SIZE) -> 
     Args:
         source: `hub`, `toronto`, `cifar100`, `scenes`, or the path of a folder.
         cache: where downloads and the checksums of image files are kept.
-        image_size: height and width of the decoded images, for a folder.
+        image_size: height and width of the decoded images. Those of CIFAR-10 and CIFAR-100 are
+            resized to it from 32.
 
     Raises:
         InputError: no such source, or an `image_size` that it cannot have.
         SourceError: a file or folder could not be read, or CIFAR-100 could not be had.
     """
     table, size = CIFAR10_SOURCES, CIFAR10_SIZE
-    if source in ("hub", "toronto", "cifar100", "scenes") and image_size != size:
-        raise _refuse_size(source, image_size)
     if source == "hub":
         digests = [digest for _, digest in table.hub_files.values()]
-        return Source(source, "CIFAR-10", size, _hash(digests), _read_hub)
-    if source == "toronto":
+        found = Source(source, "CIFAR-10", size, _hash(digests), _read_hub)
+    elif source == "toronto":
         read = partial(_read_toronto, cache / "downloads")
-        return Source(source, "CIFAR-10", size, _hash([table.toronto_digest]), read)
-    if source == "cifar100":
-        return _find_cifar100()
-    if source == "scenes":
-        return Source(source, "demo scenes", size, _hash_scenes(), _read_scenes)
-    return _find_folder(source, cache, image_size)
+        found = Source(source, "CIFAR-10", size, _hash([table.toronto_digest]), read)
+    elif source == "cifar100":
+        found = _find_cifar100()
+    elif source == "scenes":
+        if image_size != size:
+            raise InputError(
+                f"image_size must be {size} for 'scenes', got {image_size}; "
+                "the scenes are drawn in one size"
+            )
+        found = Source(source, "demo scenes", size, _hash_scenes(), _read_scenes)
+    else:
+        found = _find_folder(source, cache, image_size)
+    return found if found.image_size == image_size else _resize_source(found, image_size)
 
 
-def _refuse_size(source: str, image_size: int) -> InputError:
-    return InputError(
-        f"image_size must be {CIFAR10_SIZE} for {source!r}, got {image_size}; "
-        "only image files, in folders or in parquet, can have another size"
-    )
+def _resize_source(source: Source, image_size: int) -> Source:
+    """`source` with its images resized, as `crop_square` does it."""
+
+    def read() -> Content:
+        content = source.read()
+        batches = {s: _resize_batches(content.batches[s], image_size) for s in SPLITS}
+        return replace(content, batches=batches)
+
+    fingerprint = _hash([source.fingerprint, image_size])
+    return replace(source, image_size=image_size, fingerprint=fingerprint, read=read)
+
+
+def _resize_batches(batches: Iterable[Batch], image_size: int) -> Iterator[Batch]:
+    for images, labels in batches:
+        yield np.stack([crop_square(image, image_size) for image in images]), labels
 
 
 def _find_folder(source: str, cache: Path, image_size: int) -> Source:
-    root = Path(source).expanduser()
+    try:
+        root = Path(source).expanduser()
+        root.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # also a zero byte, an unknown user
+        raise _refuse_source(source, "no such folder") from error
     name = root.resolve().name
 
     for folder in (root / inner for inner in PARQUET_FOLDERS):
@@ -186,7 +212,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
         for split in SPLITS:
             names[split], files[split] = _choose_parquet(folder, split)
         if all(files.values()):
-            marks = [f"{path.name} {compute_checksum(path)}" for s in SPLITS for path in files[s]]
+            marks = [f"{path.name} {_hash_file(path)}" for s in SPLITS for path in files[s]]
             marks += [] if image_size == CIFAR10_SIZE else [str(image_size)]
             read = partial(_read_parquet, files, image_size)
             remarks = _describe_split(names["test"], "-*.parquet")
@@ -195,9 +221,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     for folder in (root, root / CIFAR10_FOLDER):
         paths = {s: [folder / file for file in CIFAR10_BATCHES[s]] for s in SPLITS}
         if all(path.is_file() for s in SPLITS for path in paths[s]):
-            if image_size != CIFAR10_SIZE:
-                raise _refuse_size(source, image_size)
-            marks = [compute_checksum(path) for s in SPLITS for path in paths[s]]
+            marks = [_hash_file(path) for s in SPLITS for path in paths[s]]
             read = partial(_read_cifar10_folder, paths)
             return Source("batches", name, CIFAR10_SIZE, _hash(marks), read)
 
@@ -205,8 +229,19 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     if all(chosen.values()):
         return _find_image_folder(root, chosen, cache, image_size)
 
-    holds = "nothing of that" if root.is_dir() else "no such folder"
-    raise InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
+    raise _refuse_source(source, "nothing of that" if root.is_dir() else "no such folder")
+
+
+def _refuse_source(source: str, holds: str) -> InputError:
+    return InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
+
+
+def _hash_file(path: Path) -> str:
+    """The checksum of a file that may be a link to nowhere or a folder."""
+    try:
+        return compute_checksum(path)
+    except OSError as error:
+        raise describe_unreadable(path, error) from error
 
 
 def _choose_folder(root: Path, split: str) -> str:
@@ -387,7 +422,8 @@ def _read_parquet(files: Mapping[str, Sequence[Path]], image_size: int) -> Conte
 
     The image is in the field `bytes` of the column `img`, as in CIFAR-10 and CIFAR-100, or
     `image`; its class is in the column `label`, `labels` or `fine_label`. An image of `img` must
-    have the size that was asked for; of an image of `image` the central square is resized to it.
+    have the size that was asked for, or that of CIFAR-10; the central square of an image is
+    resized to the size that was asked for.
     Class names come from the `huggingface` metadata of the first training file.
 
     Raises:
@@ -467,7 +503,8 @@ def _decode_parquet(files: Sequence[Path], image_size: int) -> Iterator[Batch]:
 
 def _decode_cell(encoded: bytes, image_size: int, has_any_size: bool) -> NDArray[np.uint8]:
     image = _decode_image(encoded, "image")
-    if not has_any_size and image.shape[:2] != (image_size, image_size):
+    squares = [(size, size) for size in (image_size, CIFAR10_SIZE)]
+    if not has_any_size and image.shape[:2] not in squares:
         raise InputError(
             f"an image of {image.shape[1]} x {image.shape[0]} pixels, "
             f"not {image_size} x {image_size}"

@@ -5,8 +5,10 @@ Source: Lüddecke and Ecker, Image Segmentation Using Text and Image Prompts, 20
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,89 @@ _SENTENCES_AT_ONCE = 16
 _END_MARKS = " .,;:!?。、،؛؟।"
 
 
+def _list_words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# English nouns whose plural follows no rule. Those of the first table also end compounds: snowman.
+_COMPOUNDED = {
+    "man": "men",
+    "child": "children",
+    "person": "people",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "knife": "knives",
+    "wife": "wives",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "wolf": "wolves",
+    "calf": "calves",
+    "half": "halves",
+    "elf": "elves",
+    "thief": "thieves",
+    "scarf": "scarves",
+    "hoof": "hooves",
+    "dwarf": "dwarves",
+}
+_IRREGULAR = {
+    "life": "lives",
+    "mouse": "mice",
+    "dormouse": "dormice",
+    "louse": "lice",
+    "ox": "oxen",
+    "die": "dice",
+    "quiz": "quizzes",
+    "cactus": "cacti",
+    "fungus": "fungi",
+    "oasis": "oases",
+    "crisis": "crises",
+    "larva": "larvae",
+    "bacterium": "bacteria",
+    "axe": "axes",
+    "axis": "axes",
+}
+_REGULAR = _list_words(  # in spite of how they end
+    "human german roman shaman talisman ottoman caiman mongoose specimen abdomen omen"
+)
+_UNCHANGED = _list_words(
+    "deer reindeer moose bison swine salmon trout tuna squid shrimp species series offspring "
+    "scissors trousers pants jeans shorts tights leggings pyjamas pajamas sunglasses binoculars "
+    "goggles headphones clothes clothing furniture luggage rice water snow sand grass wildlife "
+    "news tennis chess ramen debris police hair bread"
+)
+_UNCHANGED_ENDINGS = ("sheep", "fish", "craft")
+_SINGULAR_IN_S = _list_words(
+    "gas canvas atlas lens iris pelvis trellis mantis ibis basis thermos rhinoceros"
+)
+_PLURAL_IN_US = _list_words("menus gnus emus gurus tutus haikus bayous caribous")
+_SINGULAR_IN_USE = _list_words("fuse muse ruse use excuse recluse")
+_SINGULAR_IN_CHE = ("headache", "toothache", "stache", "cache", "avalanche", "quiche", "niche")
+_SINGULAR_IN_OE = ("shoe", "canoe", "oboe", "aloe", "tiptoe", "mistletoe")
+_SINGULAR_IN_IE = _list_words(
+    "cookie movie zombie brownie hoodie selfie smoothie magpie collie budgie goalie beanie cutie "
+    "sweetie hippie rookie genie birdie prairie calorie necktie bowtie walkie-talkie"
+)
+_PLURAL_IN_OES = _list_words(
+    "potato tomato hero echo mosquito volcano tornado mango torpedo buffalo domino"
+)
+_HARD_CH = ("stomach", "monarch", "epoch", "loch", "tech")  # said like k
+_QUANTITIES = _list_words(
+    "a an one two three four five six seven eight nine ten some any many several few all each "
+    "every both this that these those another"
+)
+_DETERMINERS = _list_words("a an the my your his her its our their some")
+_PREPOSITIONS = _list_words(
+    "about above across against along among around at before behind below beneath beside between "
+    "by for from in inside into near next of off on onto out outside over past through to toward "
+    "towards under underneath upon with within without that which who whose"
+)
+_PARTICIPLES = _list_words(
+    "wearing holding carrying riding sitting standing lying playing eating drinking walking "
+    "running jumping flying swimming sleeping driving using watching reading looking"
+)
+
+
 def normalize_sentence(sentence: str) -> str:
     """Return the spelling that all spellings of a sentence share.
 
@@ -49,6 +134,105 @@ def normalize_sentence(sentence: str) -> str:
     text = unicodedata.normalize("NFKC", sentence).casefold()
     text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(_END_MARKS)
+
+
+def vary_sentence(sentence: str) -> list[str]:
+    """Return other forms of a sentence that may name the same things.
+
+    That is the sentence with its head noun in the other number, singular or plural, by the rules of
+    English. The head noun is the last word before the first preposition, relative pronoun or
+    participle. A number or article before it is left out.
+
+    Args:
+        sentence: any str.
+
+    Returns:
+        The forms in the spelling of `normalize_sentence`; none if the noun has only one form.
+
+    Example:
+        >>> vary_sentence("Dogs on a sofa"), vary_sentence("a man"), vary_sentence("sheep")
+        (['dog on a sofa'], ['men'], [])
+    """
+    words = normalize_sentence(sentence).split()
+    end = _find_end_of_head(words)
+    start = 0
+    while start < end and (words[start] in _QUANTITIES or words[start].isdigit()):
+        start += 1
+    other = _change_number(words[end - 1]) if start < end else ""
+    return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
+
+
+def _find_end_of_head(words: Sequence[str]) -> int:
+    """Position after the head noun."""
+    for index, word in enumerate(words[1:], 1):
+        following = words[index + 1] if index + 1 < len(words) else "the"
+        is_participle = word in _PARTICIPLES and words[index - 1] not in _QUANTITIES | _DETERMINERS
+        if word in _PREPOSITIONS or (is_participle and following in _PREPOSITIONS | _DETERMINERS):
+            return index
+    return len(words)
+
+
+def _change_number(noun: str) -> str:
+    """The plural of a singular noun, the singular of a plural one; "" where there is no other."""
+    if not re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)*", noun) or not re.search(r"[a-zà-ÿ]$", noun):
+        return ""
+    if len(noun) < 2 or noun in _UNCHANGED or noun.endswith(_UNCHANGED_ENDINGS):
+        return ""
+    for singular, plural in _IRREGULAR.items():
+        if noun in (singular, plural):
+            return plural if noun == singular else singular
+    if noun not in _REGULAR:
+        for singular, plural in _COMPOUNDED.items():
+            for ending, other in ((singular, plural), (plural, singular)):
+                if noun.endswith(ending):
+                    return noun.removesuffix(ending) + other
+    return _make_singular(noun) if _is_plural(noun) else _make_plural(noun)
+
+
+def _is_plural(noun: str) -> bool:
+    """Whether a regular noun is a plural."""
+    if not noun.endswith("s") or noun.endswith("ss") or noun in _SINGULAR_IN_S:
+        return False
+    return not noun.endswith("us") or noun in _PLURAL_IN_US
+
+
+def _make_singular(noun: str) -> str:
+    """The singular of a regular plural."""
+    without_s, without_es = noun[:-1], noun[:-2]
+    if noun.endswith("ies"):
+        is_short = len(noun) <= 4  # ties, pies
+        return without_s if is_short or without_s in _SINGULAR_IN_IE else noun[:-3] + "y"
+    if noun.endswith("oes"):
+        is_oe = len(noun) <= 4 or without_s.endswith(_SINGULAR_IN_OE)  # toes, shoes
+        return without_s if is_oe else without_es
+    if noun.endswith(("ches", "shes", "sses", "xes", "tzes", "zzes")):
+        return without_s if without_s.endswith(_SINGULAR_IN_CHE) else without_es
+    is_us = noun.endswith("uses") and not noun.endswith(("ouses", "auses"))
+    if without_es in _SINGULAR_IN_S or (is_us and without_s not in _SINGULAR_IN_USE):
+        return without_es
+    return without_s
+
+
+def _make_plural(noun: str) -> str:
+    """The plural of a regular singular."""
+    if re.search(r"([^aeiou]|qu)y$", noun):
+        return noun[:-1] + "ies"
+    if noun.endswith(("s", "x", "z", "ch", "sh")) and not noun.endswith(_HARD_CH):
+        return noun + "es"
+    return noun + ("es" if noun in _PLURAL_IN_OES else "s")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as CLIPSeg's decoder reads it, for any number of sentences.
+
+    Attributes:
+        layers: outputs (1, 1 + T, embed_dim) of the vision layers that the decoder reads.
+        size: (H, W) of the image.
+    """
+
+    layers: tuple[Tensor, ...]
+    size: tuple[int, int]
 
 
 class ClipSeg:
@@ -106,14 +290,14 @@ class ClipSeg:
 
     def predict_heat(
         self,
-        image: NDArray[np.uint8],
+        image: NDArray[np.uint8] | EncodedImage,
         sentences: Sequence[str],
         templates: Sequence[str] = ("{}",),
     ) -> NDArray[np.float32]:
         """Predict how probable it is that each pixel belongs to what each sentence names.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: (H, W, 3) uint8 RGB, or what `encode` made of it.
             sentences: S sentences of a few words each.
             templates: texts with one `{}`. Each sentence is filled into each of them, and the
                 embeddings are averaged.
@@ -128,9 +312,9 @@ class ClipSeg:
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
         embeddings = self._embed(sentences, templates)
-        layers = self._encode(image)
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
         maps = run_in_parts(
-            lambda part: self._decode(layers, embeddings[part], image.shape[:2]),
+            lambda part: self._decode(encoded.layers, embeddings[part], encoded.size),
             len(sentences),
             size=_SENTENCES_AT_ONCE,
             what="sentences",
@@ -148,13 +332,13 @@ class ClipSeg:
             (image_size, image_size) float32 in [0, 1].
         """
         square = (self.image_size, self.image_size)
-        maps = self._decode(self._encode(image), self._embed([sentence], ["{}"]), square)
+        maps = self._decode(self.encode(image).layers, self._embed([sentence], ["{}"]), square)
         heat: NDArray[np.float32] = maps[0]
         return heat
 
     @torch.inference_mode()
-    def _encode(self, image: NDArray[np.uint8]) -> tuple[Tensor, ...]:
-        """Outputs (1, 1 + T, embed_dim) of the vision layers that the decoder reads."""
+    def encode(self, image: NDArray[np.uint8]) -> EncodedImage:
+        """Encode an image (H, W, 3) uint8 RGB, once for all calls of `predict_heat`."""
         inputs = self.processor(
             images=image, input_data_format="channels_last", return_tensors="pt"
         )
@@ -164,7 +348,8 @@ class ClipSeg:
                 output_hidden_states=True,
                 interpolate_pos_encoding=True,
             )
-        return tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
+        layers = tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
+        return EncodedImage(layers, (image.shape[0], image.shape[1]))
 
     @torch.inference_mode()
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -73,7 +73,8 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
     """A COCO document of one image; its categories are the sentences, present or not.
 
     Each annotation has its four scores apart, and none called `score`: a product of unlike things
-    is no confidence. `sentences` says of each sentence whether it is present, and why not.
+    is no confidence. `sentences` says of each sentence whether it is present, why not, and in
+    `suggestions`, if there are any, which other forms of it would be.
 
     Args:
         segmentation: of one image.
@@ -116,6 +117,7 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
                 "present": result.present,
                 "presence": result.presence,
                 "reason": result.reason,
+                **({"suggestions": dict(result.suggestions)} if result.suggestions else {}),
             }
             for result in segmentation.sentences
         ],

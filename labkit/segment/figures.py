@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.runtime import InputError
-from labkit.viz import CHARACTER, HEAT, INK, RED, SMALL, SOFT, create_figure, make_drawable
+from labkit.viz import (
+    CHARACTER,
+    HEAT,
+    INK,
+    RED,
+    SMALL,
+    SOFT,
+    create_figure,
+    make_drawable,
+    use_plain_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +34,7 @@ _MAX_LABEL, _MAX_QUOTE = 40, 100  # characters of a sentence, on an object and i
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
+@use_plain_text()
 def draw_overlay(segmentation: Segmentation) -> Figure:
     """Draw the image under every mask, each in its colour and named, and say what is absent.
 
@@ -55,6 +66,7 @@ def draw_overlay(segmentation: Segmentation) -> Figure:
     return figure
 
 
+@use_plain_text()
 def draw_stages(segmentation: Segmentation, *stages: str) -> Figure:
     """Draw a row for each sentence: its heat map, the prompts made of it, the masks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import unicodedata
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, as_one_line, pick_device
 from labkit.segment.checkpoints import PresenceModel, Profile, check_installed, get_profile
-from labkit.segment.clipseg import ClipSeg, normalize_sentence
+from labkit.segment.clipseg import ClipSeg, EncodedImage, normalize_sentence, vary_sentence
 from labkit.segment.export import get_file_name
 from labkit.segment.generate import Thresholds, generate_masks, init_queries
 from labkit.segment.masks import Candidate, encode_mask, upsample_mask
@@ -103,6 +104,9 @@ class TextSegmenter:
     ) -> Segmentation:
         """Segment what each sentence names in an image; a sentence that is not true gets no mask.
 
+        Of a sentence that is not true the result says whether its singular or plural would be; see
+        `SentenceResult.suggestions`.
+
         Args:
             image: path, address, bytes, PIL image or array; see `labkit.load_image`.
             sentences: one or more, in a few words each. Case, white space, punctuation at the end
@@ -136,7 +140,8 @@ class TextSegmenter:
         self._hint_at_lists([*sentences, *negatives])
         pixels = load_image(image)
         spellings = [normalize_sentence(sentence) for sentence in [*sentences, *negatives]]
-        maps = self.clipseg.predict_heat(pixels, spellings, self.templates)
+        encoded = self.clipseg.encode(pixels)
+        maps = self.clipseg.predict_heat(encoded, spellings, self.templates)
         segmentation = self.segment_maps(
             pixels,
             sentences,
@@ -145,7 +150,47 @@ class TextSegmenter:
             assume_present=assume_present,
             thresholds=thresholds,
         )
-        return replace(segmentation, file_name=get_file_name(image))
+        results = tuple(
+            self._add_suggestions(result, encoded, spellings, maps, self._get_threshold(thresholds))
+            for result in segmentation.sentences
+        )
+        return replace(segmentation, sentences=results, file_name=get_file_name(image))
+
+    def _get_threshold(self, thresholds: Thresholds) -> float:
+        """Presence from which a sentence counts as true."""
+        return self.presence.threshold if thresholds.presence is None else thresholds.presence
+
+    def _add_suggestions(
+        self,
+        result: SentenceResult,
+        encoded: EncodedImage,
+        spellings: Sequence[str],
+        maps: Maps,
+        threshold: float,
+    ) -> SentenceResult:
+        """`result` with other forms of its sentence that would be present in its place.
+
+        Args:
+            result: of one sentence; where its score is enough, it stays as it is.
+            encoded: the image.
+            spellings: all sentences that were asked, also those that are not meant.
+            maps: their maps.
+            threshold: presence from which a sentence counts as true.
+        """
+        forms = [form for form in vary_sentence(result.sentence) if form not in spellings]
+        if result.presence >= threshold or not forms:
+            return result
+        others = np.delete(maps, spellings.index(normalize_sentence(result.sentence)), axis=0)
+        suggestions = {}
+        with contextlib.suppress(InputError):  # a form can be too long where the sentence is not
+            form_maps = self.clipseg.predict_heat(encoded, forms, self.templates)
+            for form, heat in zip(forms, form_maps, strict=True):
+                (evidence,) = measure_evidence(heat[None], others)
+                evidence = replace(evidence, agreement=result.evidence.agreement)
+                presence = decide_before_refinement(evidence, self.presence, threshold=threshold)
+                if presence.present:
+                    suggestions[form] = presence.score
+        return replace(result, suggestions=suggestions)
 
     def _hint_at_lists(self, sentences: Sequence[str]) -> None:
         """Say once of each sentence that reads like a list that each thing needs its own."""
@@ -180,7 +225,7 @@ class TextSegmenter:
             thresholds: see `__call__`.
         """
         thresholds = thresholds or Thresholds()
-        threshold = self.presence.threshold if thresholds.presence is None else thresholds.presence
+        threshold = self._get_threshold(thresholds)
         unwanted = wanted[:0] if unwanted is None else unwanted
         evidence = measure_evidence(wanted, unwanted)
         is_present, is_rival = (

@@ -67,6 +67,8 @@ class SentenceResult:
         prompts: what SAM-2 was told, in pixels of `heat`; empty if it was told nothing.
         objects: what was found, the best first; empty if the sentence is absent.
         size: (H, W) of the image.
+        suggestions: for an absent sentence, other forms of it that would be present, such as its
+            plural, and their presence. It is measured without SAM-2, and no mask comes of it.
     """
 
     sentence: str
@@ -78,6 +80,11 @@ class SentenceResult:
     prompts: tuple[Prompt, ...]
     objects: tuple[SegmentedObject, ...]
     size: tuple[int, int]
+    suggestions: Mapping[str, float] = field(default_factory=dict)
+
+    def list_suggestions(self) -> str:
+        """The suggestions as text; "" for none."""
+        return ", ".join(f"{form!r} ({score:.2f})" for form, score in self.suggestions.items())
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -182,16 +189,24 @@ class Segmentation:
     def tables(self) -> dict[str, Table]:
         """Sentences and objects as tables, for a report or a notebook."""
         sentences: list[list[Cell]] = [
-            [r.sentence, "yes" if r.present else "no", r.presence, r.evidence.peak, r.reason]
+            [
+                r.sentence,
+                "yes" if r.present else "no",
+                r.presence,
+                r.evidence.peak,
+                r.reason,
+                r.list_suggestions(),
+            ]
             for r in self.sentences
         ]
         objects: list[list[Cell]] = [
             [o.sentence, o.presence, o.grounding, o.predicted_iou, o.agreement, str(o.box)]
             for o in self.objects
         ]
+        columns = ("sentence", "present", "presence", "peak", "why not", "rather ask for")
         scores = ("presence", "grounding", "predicted IoU", "agreement")
         return {
-            "Sentences": Table(("sentence", "present", "presence", "peak", "why not"), sentences),
+            "Sentences": Table(columns, sentences),
             "Objects": Table(("sentence", *scores, "box"), objects),
         }
 

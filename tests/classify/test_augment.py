@@ -194,8 +194,15 @@ def test_a_transforms_view_depends_on_nothing_but_seed_epoch_and_index() -> None
 
 @pytest.mark.parametrize(
     "convert",
-    [lambda image: image, TF.to_image, lambda image: TF.to_image(image).float() / 255],
-    ids=["pil", "tensor", "floats"],
+    [
+        lambda image: image,
+        TF.to_image,
+        lambda image: TF.to_image(image).float() / 255,
+        lambda image: TF.to_image(image).to(torch.int32) * 257,
+        lambda image: (TF.to_image(image).to(torch.int32) * 257).to(torch.uint16),
+        lambda image: np.asarray(image).astype(np.uint16) * 257,
+    ],
+    ids=["pil", "tensor", "floats", "int32", "uint16", "uint16 array"],
 )
 def test_a_transform_that_changes_nothing_gives_the_plain_batch(convert: Any) -> None:
     config, indices = TrainConfig(), torch.tensor([5, 0, 7])
@@ -203,3 +210,22 @@ def test_a_transform_that_changes_nothing_gives_the_plain_batch(convert: Any) ->
     expected, expected_labels = TrainLoader(noise(), config, CPU).batch(0, indices)
     torch.testing.assert_close(images, expected)
     assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("factor", [1, 257])
+def test_a_transform_of_integers_without_a_known_depth_is_refused(factor: int) -> None:
+    def to_int64(image: Image.Image) -> torch.Tensor:
+        return TF.to_image(image).to(torch.int64) * factor
+
+    loader = TrainLoader(noise(), TrainConfig(), CPU, to_int64)
+    with pytest.raises(InputError, match=r"the image that transform gave must hold .* got int64"):
+        loader.pixels(0, torch.arange(2))
+
+
+def test_a_transform_of_integers_below_256_is_not_taken_for_16_bits() -> None:
+    def to_int32(image: Image.Image) -> torch.Tensor:
+        return TF.to_image(image).to(torch.int32)
+
+    loader = TrainLoader(noise(), TrainConfig(), CPU, to_int32)
+    with pytest.raises(InputError, match="the image that transform gave"):
+        loader.pixels(0, torch.arange(2))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,74 @@ def test_a_run_says_what_it_was_measured_on(
     assert "has changed since" in caplog.text
     assert changed.facts["evaluated_on_fingerprint"] == changed.data.fingerprint
     assert changed.facts["data_fingerprint"] == run.data.fingerprint
+
+
+def test_a_run_measured_on_other_data_never_overwrites_the_original(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    assert run.folder is not None
+    files = ("config.json", "history.jsonl", "metrics.json", "model.safetensors", "report.html")
+    before = {name: (run.folder / name).read_bytes() for name in files}
+    inverted = [
+        Split(255 - split.images, split.labels, split.classes)
+        for split in (squares.train, squares.test)
+    ]
+    other = load_run(run.folder, data=ImageData.from_splits(*inverted, name="inverted"))
+    assert other.is_on_other_data and not run.is_on_other_data
+    for write in (other.save, other.report, lambda: other.save(run.folder / ".")):
+        with pytest.raises(
+            InputError, match=r"measured on inverted, .*; name another folder"
+        ) as no:
+            write()
+        assert "\n" not in str(no.value)
+    assert {name: (run.folder / name).read_bytes() for name in files} == before
+    other.save(tmp_path / "inverted")
+    assert json.loads((tmp_path / "inverted" / "metrics.json").read_text()) == other.to_json()
+    assert {path.name for path in (tmp_path / "inverted").iterdir()} == set(files)
+    again = load_run(tmp_path / "inverted", data=other.data)
+    np.testing.assert_array_equal(again.metrics.confusion, other.metrics.confusion)
+    same = load_run(run.folder, data=squares)
+    assert not same.is_on_other_data
+    same.report()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xe9\xff"])
+@pytest.mark.parametrize("name", ["config.json", "history.jsonl", "metrics.json"])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(
+    run: Run, squares: ImageData, tmp_path: Path, name: str, content: bytes
+) -> None:
+    assert run.folder is not None
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is damaged") as caught:
+        load_run(tmp_path / "run", data=squares)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_of_a_run_are_named(run: Run, squares: ImageData, tmp_path: Path) -> None:
+    assert run.folder is not None
+    shutil.copytree(run.folder, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    for length in (0, 100, len(weights.read_bytes()) - 1):
+        weights.write_bytes(weights.read_bytes()[:length])
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+            load_run(tmp_path / "run", data=squares)
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "x" * 300])
+def test_names_that_no_folder_can_have_hold_no_run(folder: str) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        load_run(folder)
+
+
+def test_a_run_without_a_folder_is_saved_where_it_is_told(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    unsaved = fit(dataclasses.replace(tiny_config, epochs=1), data=squares, device="cpu")
+    with pytest.raises(InputError, match="no folder"):
+        unsaved.report()
+    unsaved.save(tmp_path / "new")
+    assert load_run(tmp_path / "new", data=squares).metrics.accuracy == unsaved.metrics.accuracy
 
 
 def test_data_of_other_classes_or_another_size_is_refused(

@@ -408,6 +408,7 @@ def test_cifar100_comes_from_the_hub_unchecked_and_says_so(
     )
     assert "was not checked" in loaded.remarks[0] and "was not checked" in caplog.text
     assert_is_the_data(load_data(str(tmp_path / "cifar100")))
+    assert load_data("cifar100", image_size=20).train.images.shape == (len(TRAIN[0]), 20, 20, 3)
 
 
 def test_cifar100_that_cannot_be_had_is_named_with_remedies(
@@ -872,6 +873,27 @@ def test_unknown_source_lists_what_there_is(tmp_path: Path, there: bool) -> None
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["a\0b", "x" * 300, "x/" * 3000, "~no such user/x", "a\nb"])
+def test_names_that_no_folder_can_have_are_no_source(source: str) -> None:
+    with pytest.raises(InputError, match="which holds no such folder") as caught:
+        load_data(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None:
+    """A snapshot of the hub's cache that was copied without its blobs holds such links."""
+    for split in ("train", "test"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        if kind == "link":
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(tmp_path / "gone")
+        else:
+            path.mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"train-00000-of-00001\.parquet could not be read"):
+        load_data(str(tmp_path))
+
+
 def test_incomplete_batches_are_not_a_data_set(tmp_path: Path) -> None:
     for name, body in batch_files().items():
         (tmp_path / name).write_bytes(body)
@@ -886,7 +908,33 @@ def test_size_must_be_positive(image_folder: Path, size: int) -> None:
         load_data(str(image_folder), image_size=size)
 
 
-@pytest.mark.parametrize("source", ["hub", "toronto", "cifar100", "scenes"])
-def test_only_image_folders_have_another_size(source: str) -> None:
+def test_scenes_are_drawn_in_one_size() -> None:
     with pytest.raises(InputError, match="image_size must be 32"):
-        load_data(source, image_size=64)
+        load_data("scenes", image_size=64)
+
+
+def test_cifar10_is_resized_to_another_size(
+    hub_paths: dict[str, str],
+    hub: LoopbackHub,
+    parquet_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By one filter from every source; each size has its own place in the cache."""
+    serve_toronto(hub.server, monkeypatch, archive())
+    for name, body in batch_files().items():
+        (tmp_path / name).write_bytes(body)
+    for source in ("hub", "toronto", str(parquet_folder), str(tmp_path)):
+        fingerprints = {load_data(source).fingerprint}
+        for size in (48, 20):
+            loaded = load_data(source, image_size=size)
+            fingerprints.add(loaded.fingerprint)
+            for split, (images, labels) in ((loaded.train, TRAIN), (loaded.test, TEST)):
+                expected = [
+                    Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+                    for image in images
+                ]
+                np.testing.assert_array_equal(split.images, np.stack(expected))
+                np.testing.assert_array_equal(split.labels, labels)
+        assert len(fingerprints) == 3
+        assert_is_the_data(load_data(source))

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import resize
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
 from labkit.segment import clipseg as clipseg_module
 from labkit.segment.checkpoints import Checkpoint, Profile
-from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence
+from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence, vary_sentence
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
@@ -297,3 +297,119 @@ def test_weights_with_another_digest_are_refused(tiny_profile: Profile) -> None:
     checkpoint = Checkpoint(source=tiny_profile.clipseg.source, digest="sha256:" + "0" * 64)
     with pytest.raises(SourceError, match="wrong checksum"):
         ClipSeg.from_checkpoint(checkpoint, CPU)
+
+
+NUMBERS = [
+    ("dog", "dogs"),
+    ("box", "boxes"),
+    ("bus", "buses"),
+    ("glass", "glasses"),
+    ("dish", "dishes"),
+    ("watch", "watches"),
+    ("beach", "beaches"),
+    ("house", "houses"),
+    ("horse", "horses"),
+    ("nurse", "nurses"),
+    ("lens", "lenses"),
+    ("puppy", "puppies"),
+    ("city", "cities"),
+    ("monkey", "monkeys"),
+    ("cookie", "cookies"),
+    ("tie", "ties"),
+    ("movie", "movies"),
+    ("potato", "potatoes"),
+    ("tomato", "tomatoes"),
+    ("photo", "photos"),
+    ("piano", "pianos"),
+    ("zoo", "zoos"),
+    ("shoe", "shoes"),
+    ("canoe", "canoes"),
+    ("toe", "toes"),
+    ("knife", "knives"),
+    ("wife", "wives"),
+    ("leaf", "leaves"),
+    ("shelf", "shelves"),
+    ("bookshelf", "bookshelves"),
+    ("wolf", "wolves"),
+    ("scarf", "scarves"),
+    ("roof", "roofs"),
+    ("cliff", "cliffs"),
+    ("glove", "gloves"),
+    ("giraffe", "giraffes"),
+    ("olive", "olives"),
+    ("sleeve", "sleeves"),
+    ("stomach", "stomachs"),
+    ("headache", "headaches"),
+    ("quiz", "quizzes"),
+    ("prize", "prizes"),
+    ("vase", "vases"),
+    ("rose", "roses"),
+    ("fuse", "fuses"),
+    ("virus", "viruses"),
+    ("menu", "menus"),
+    ("sofa", "sofas"),
+    ("pizza", "pizzas"),
+    ("gas", "gases"),
+    ("kiwi", "kiwis"),
+    ("person", "people"),
+    ("man", "men"),
+    ("woman", "women"),
+    ("fireman", "firemen"),
+    ("human", "humans"),
+    ("child", "children"),
+    ("mouse", "mice"),
+    ("foot", "feet"),
+    ("tooth", "teeth"),
+    ("goose", "geese"),
+    ("mongoose", "mongooses"),
+    ("ox", "oxen"),
+    ("cactus", "cacti"),
+    ("grandchild", "grandchildren"),
+    ("t-shirt", "t-shirts"),
+    ("café", "cafés"),
+    ("tv", "tvs"),
+]
+
+
+@pytest.mark.parametrize(("singular", "plural"), NUMBERS)
+def test_a_noun_varies_between_singular_and_plural(singular: str, plural: str) -> None:
+    assert vary_sentence(singular) == [plural]
+    assert vary_sentence(plural) == [singular]
+
+
+UNCHANGED = ["sheep", "deer", "fish", "goldfish", "aircraft", "series", "scissors", "trousers"]
+
+
+@pytest.mark.parametrize("sentence", [*UNCHANGED, "", "?!", "a", "x", "two", "猫", "r2d2", "🦖"])
+def test_what_has_one_form_does_not_vary(sentence: str) -> None:
+    assert vary_sentence(sentence) == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "form"),
+    [
+        ("dogs on a sofa", "dog on a sofa"),
+        (" Red  Balls. ", "red ball"),
+        ("the man with two hats", "the men with two hats"),
+        ("a dog", "dogs"),
+        ("3 dogs", "dog"),
+        ("two children in a garden", "child in a garden"),
+        ("person wearing a hat", "people wearing a hat"),
+        ("men sitting on a bench", "man sitting on a bench"),
+        ("dog running", "dogs running"),
+        ("brown running shoe", "brown running shoes"),
+        ("a walking stick", "walking sticks"),
+        ("cup of coffee", "cups of coffee"),
+        ("man's hat", "man's hats"),
+    ],
+)
+def test_a_phrase_varies_in_its_head_noun(sentence: str, form: str) -> None:
+    assert vary_sentence(sentence) == [form]
+
+
+def test_an_encoded_image_gives_the_same_maps(clipseg: ClipSeg) -> None:
+    image = noise(20, 31)
+    encoded = clipseg.encode(image)
+    assert np.array_equal(
+        clipseg.predict_heat(encoded, SENTENCES), clipseg.predict_heat(image, SENTENCES)
+    )

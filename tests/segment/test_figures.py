@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from labkit.segment.figures import draw_overlay, draw_stages
 from labkit.segment.results import Segmentation
 from tests.segment.conftest import make_result
 from tests.strange_text import STRANGE_NAMES
@@ -62,3 +63,14 @@ def test_report_of_strange_sentences_is_written_in_silence(
     folder = strange.save(tmp_path, "caf\udce9 \a $x$.png")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "猫と犬" in page and r"broken caf\udce9" in page and "$x$.png" in page
+
+
+@pytest.mark.parametrize("draw", [draw_overlay, draw_stages])
+def test_no_sentence_is_taken_for_latex(segmentation: Segmentation, draw: Any) -> None:
+    import matplotlib
+    from matplotlib.text import Text
+
+    with matplotlib.rc_context({"text.usetex": True}):
+        figure = draw(segmentation)
+        figure.savefig(io.BytesIO(), format="png")
+        assert not any(text.get_usetex() for text in figure.findobj(Text))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import logging
@@ -24,6 +25,7 @@ from labkit.runtime import InputError
 from labkit.segment.checkpoints import PresenceModel, Profile
 from labkit.segment.clipseg import normalize_sentence
 from labkit.segment.pipeline import TextSegmenter
+from labkit.segment.presence import score_presence
 from labkit.segment.prompts import Prompt
 from labkit.segment.results import Segmentation
 from labkit.segment.sam2 import Sam2
@@ -49,15 +51,23 @@ def slope(x0: int, y0: int) -> Maps:
 
 
 class GivenMaps:
-    """In the place of CLIPSeg: maps that are given, and a record of what was asked."""
+    """In the place of CLIPSeg: maps that are given, and a record of what was asked.
+
+    A sentence without a map is nowhere.
+    """
 
     def __init__(self, **maps: Maps) -> None:
         self.maps, self.sentences = maps, list[str]()
-        self.patch_size = 3
+        self.patch_size, self.encode_calls = 3, 0
+
+    def encode(self, _: object) -> object:
+        self.encode_calls += 1
+        return object()
 
     def predict_heat(self, _: object, sentences: Sequence[str], templates: Sequence[str]) -> Maps:
         self.sentences += sentences
-        return np.stack([self.maps[sentence] for sentence in sentences])
+        nowhere = np.zeros_like(next(iter(self.maps.values())))
+        return np.stack([self.maps.get(sentence, nowhere) for sentence in sentences])
 
 
 class Copyist:
@@ -308,6 +318,73 @@ def test_a_plain_sentence_gives_no_hint(caplog: pytest.LogCaptureFixture) -> Non
     ask = segmenter(**{normalize_sentence(name): discs((10, 10)) for name in names})
     ask(noise(48, 48), names)
     assert caplog.records == []
+
+
+def test_the_other_number_of_an_absent_noun_is_suggested_and_never_used(tmp_path: Path) -> None:
+    ask = segmenter(
+        dogs=discs((10, 10), heat=0.013), dog=discs((10, 10)), cat=discs((36, 30)), cats=slope(9, 9)
+    )
+    segmentation = ask(noise(48, 48), ["Dogs.", "cat"])
+    dogs, cat = segmentation.sentences
+    alone = segmenter(dog=discs((10, 10)), cat=discs((36, 30)))(noise(48, 48), ["dog", "cat"])
+    assert not dogs.present and dogs.objects == () and dogs.prompts == () and not dogs.mask.any()
+    before_masks = replace(alone["dog"].evidence, agreement=1.0)
+    assert dogs.suggestions == {"dog": score_presence(before_masks, MODEL)}
+    assert cat.suggestions == {} and ask.clipseg.sentences == ["dogs", "cat", "dog"]
+    assert ask.clipseg.encode_calls == 1 and len(ask.sam2.prompts) == 1
+    assert [segmented.sentence for segmented in segmentation] == ["cat"]
+    folder = segmentation.save(tmp_path)
+    document = json.loads((folder / "masks.json").read_text())
+    assert [row.get("suggestions") for row in document["sentences"]] == [dogs.suggestions, None]
+    shown = f"'dog' ({dogs.suggestions['dog']:.2f})"
+    assert shown in html.unescape((folder / "report.html").read_text())
+    assert segmentation.tables()["Sentences"].rows[0][-1] == shown
+
+
+def test_where_everything_is_present_nothing_else_is_asked() -> None:
+    ask = segmenter(dog=discs((10, 10)), cat=discs((36, 30)))
+    ask(noise(48, 48), ["dog", "cat"])
+    assert ask.clipseg.sentences == ["dog", "cat"] and ask.clipseg.encode_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("maps", "sentences", "negatives"),
+    [
+        ({"dogs": discs((10, 10), heat=0.01)}, ["dogs"], []),  # neither is there
+        ({"dog": discs((10, 10))}, ["dogs", "dog"], []),  # both were asked
+        ({"dog": discs((10, 10))}, ["dogs"], ["dog"]),  # it is not meant
+        (
+            {"dog": discs((10, 10), heat=0.6), "cat": discs((10, 10), heat=0.95)},
+            ["dogs", "cat"],
+            [],
+        ),
+        ({"sheep": discs((10, 10), heat=0.01)}, ["sheep"], []),  # it has one form
+    ],
+)
+def test_nothing_is_suggested_that_is_no_help(
+    maps: dict[str, Maps], sentences: list[str], negatives: list[str]
+) -> None:
+    strict = replace(MODEL, contrastive_margin=20.0)
+    segmentation = segmenter(model=strict, **maps)(noise(48, 48), sentences, negatives)
+    result = segmentation.sentences[0]
+    assert not result.present and result.suggestions == {} and result.objects == ()
+
+
+def test_a_form_is_held_against_the_masks_that_did_not_agree() -> None:
+    cat = discs((14, 24), heat=0.6)
+    model = replace(MODEL, agreement=6.0, constant=-4.0)
+    ask = segmenter(Copyist(shift=20), model, cats=cat, cat=cat)
+    (result,) = ask(noise(48, 48), ["cats"]).sentences
+    assert not result.present and result.evidence.agreement == 0 and result.suggestions == {}
+
+
+def test_a_form_that_is_too_long_for_the_model_is_not_suggested(tiny: TextSegmenter) -> None:
+    """The tiny model takes 24 tokens: two marks, those of the template, one for each letter."""
+    image, longest = noise(20, 20), "z" * 18 + "box"
+    with pytest.raises(InputError, match="24 tokens"):
+        tiny(image, [f"{longest}es"])
+    (result,) = tiny(image, [longest], presence_threshold=1.0).sentences
+    assert not result.present and result.suggestions == {}
 
 
 def test_every_sentence_of_the_scenes_is_asked_as_it_is() -> None:
