@@ -89,8 +89,8 @@ class TrainConfig:
     Attributes:
         preset: name of the recipe this configuration began as.
         data: where the images come from (see `labkit.load_data`); `custom` for your own.
-        image_size: height and width of the images in pixels; other than 32 only for a folder of
-            images and for your own data.
+        image_size: height and width in pixels to which images are cropped and resized; the scenes
+            are always of 32.
         model: a name that `labkit.create_model` knows; `custom` for your own network.
         model_options: further arguments of `labkit.create_model`.
         epochs: how often training shows every training image.
