@@ -191,7 +191,8 @@ def check(notebook: Path, python: Path) -> list[str]:
     problems = [f"warning: {line}" for line in find_warnings(lines)]
     origin = f"labkit comes from {FORK} at {commit}"
     if origin not in lines:
-        problems.append(f"the set-up cell did not print {origin!r}")
+        found = [line for line in lines if line.startswith("labkit ")]
+        problems.append(f"the set-up cell printed {found}, not {origin!r}")
     if run.returncode:
         return [*problems, run.stderr[-3000:]]
     seconds = json.loads(run.stdout.splitlines()[-1])
@@ -213,8 +214,8 @@ def main() -> None:
     """Check every notebook, each in an environment with no other packages than Colab's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="a Python 3.13 interpreter [default: search for one]")
-    parser.add_argument("--newest-torch", action="store_true", help="torch is not held back")
-    parser.add_argument("--venv", type=Path, help="folder of the environment [default: here]")
+    parser.add_argument("--newest-torch", action="store_true", help="not Colab's torch")
+    parser.add_argument("--venv", type=Path, help="folder of the environment")
     arguments = parser.parse_args()
     newest = arguments.newest_torch
     venv = arguments.venv or ROOT / (".venv-colab-newest" if newest else ".venv-colab")
@@ -223,13 +224,15 @@ def main() -> None:
     print(f"torch {base['torch']}, torchvision {base['torchvision']}")
     failed = False
     for notebook in sorted(ROOT.glob("*.ipynb")):
-        problems = check(notebook, python)
+        try:
+            problems = check(notebook, python)
+        finally:  # an interrupted check, too, leaves nothing to the next one
+            added = sorted(list_packages(python).keys() - base.keys())
+            if added:
+                command = [python, "-m", "pip", "uninstall", "--yes", "--quiet", *added]
+                subprocess.run(command, check=True)
         failed = failed or bool(problems)
         print("\n".join(problems) or f"{notebook.name}: fine")
-        added = sorted(list_packages(python).keys() - base.keys())
-        if added:
-            command = [python, "-m", "pip", "uninstall", "--yes", "--quiet", *added]
-            subprocess.run(command, check=True)
     raise SystemExit(1 if failed else 0)
 
 
