@@ -181,6 +181,7 @@ def check(notebook: Path, python: Path) -> list[str]:
                     **{k: v for k, v in os.environ.items() if k not in ours},
                     **make_git_settings(),
                     "JUPYTER_RUNTIME_DIR": runtime,
+                    "PIP_NO_CACHE_DIR": "1",  # a new runtime has built nothing before
                     "LABKIT_PROFILE": "demo",
                     "LABKIT_CACHE": str(Path(folder) / "cache"),
                 },
@@ -190,13 +191,14 @@ def check(notebook: Path, python: Path) -> list[str]:
         lines = read_outputs(copy)
     problems = [f"warning: {line}" for line in find_warnings(lines)]
     origin = f"labkit comes from {FORK} at {commit}"
-    if origin not in lines:
+    if origin in lines:
+        print(f"{notebook.name}: {origin}")
+    else:
         found = [line for line in lines if line.startswith("labkit ")]
         problems.append(f"the set-up cell printed {found}, not {origin!r}")
     if run.returncode:
         return [*problems, run.stderr[-3000:]]
     seconds = json.loads(run.stdout.splitlines()[-1])
-    print(f"{notebook.name}: {origin}")
     print(f"{notebook.name}: set-up {seconds['setup']:.0f} s, total {seconds['total']:.0f} s")
     if seconds["setup"] >= SETUP_SECONDS:
         problems.append(f"the set-up cell took {seconds['setup']:.0f} s")
