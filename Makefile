@@ -30,9 +30,11 @@ notebooks: $(READY)
 address: $(READY)
 	$(BIN)/python scripts/prepare_notebooks.py --repo "$(REPO)"
 
-# A Python 3.13 environment of Colab's versions, with each notebook alone in an empty folder.
+# Each notebook alone in an empty folder, opened "from" a fork: in a Python 3.13 environment of
+# Colab's versions, then in one with the newest torch beside them. Each takes 6 GB of the disk.
 colab-check:
 	$(PYTHON) scripts/colab_check.py
+	$(PYTHON) scripts/colab_check.py --newest-torch
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@echo "Setting up $(VENV): up to 6 GB from the package index, mostly the CUDA build of torch; minutes."

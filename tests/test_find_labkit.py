@@ -35,6 +35,7 @@ def load_script(name: str) -> ModuleType:
 
 find_labkit = load_script("find_labkit")
 prepare_notebooks = load_script("prepare_notebooks")
+colab_check = load_script("colab_check")
 
 
 def read_setup(path: Path) -> str:
@@ -99,6 +100,34 @@ def test_repository_is_that_from_which_colab_opened_the_notebook(loopback: Loopb
     address = serve(loopback, other, make_session(FORK), make_session(FORK.replace("q1", "q2")))
     found = find_labkit.find_opened_from([loopback.url + "/none", address])
     assert found == ("https://github.com/ada/my-fork", "try/2")
+
+
+@pytest.mark.parametrize("ref", ["0123456789abcdef0123456789abcdef01234567", "main", "try/2"])
+def test_colab_check_plays_the_session_list_of_a_fork(
+    ref: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    with colab_check.serve_sessions(
+        tmp_path, f"https://github.com/ada/my-fork/blob/{ref}/q2.ipynb"
+    ):
+        server, colab = find_labkit.list_sessions()
+        found = find_labkit.find_opened_from([server])
+    assert found == ("https://github.com/ada/my-fork", ref)
+    assert colab == find_labkit.COLAB_SESSIONS
+
+
+def test_colab_check_takes_this_repository_for_the_fork_and_asks_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = tmp_path / "here"
+    subprocess.run(["git", "init", "--quiet", repository], check=True)
+    monkeypatch.setattr(colab_check, "ROOT", repository)
+    for name, value in colab_check.make_git_settings().items():
+        monkeypatch.setenv(name, value)
+    commands = [["git", "ls-remote", address] for address in (colab_check.FORK, "https://x.test/y")]
+    fork, other = (subprocess.run(c, capture_output=True, text=True) for c in commands)
+    assert fork.returncode == 0
+    assert "transport 'https' not allowed" in other.stderr
 
 
 @pytest.mark.parametrize(
