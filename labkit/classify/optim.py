@@ -43,10 +43,9 @@ def lr_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     if config.schedule_per == "epoch":
         step = step // steps_per_epoch * steps_per_epoch
     total = steps_per_epoch * config.epochs
-    warmup = config.warmup_epochs / config.epochs
     # A warm-up from exactly 0 would waste the first step.
-    offset = 1 if config.schedule_per == "step" and warmup else 0
-    return lr_factor(min((step + offset) / total, 1.0), warmup, config.schedule)
+    offset = 1 if config.schedule_per == "step" and config.warmup else 0
+    return lr_factor(min((step + offset) / total, 1.0), config.warmup, config.schedule)
 
 
 def find_hidden_matrices(model: nn.Module) -> set[int]:

@@ -26,7 +26,7 @@ def test_the_seed_preset_is_the_labs_table() -> None:
     config = PRESETS["seed-resnet18"]
     assert (config.model, config.epochs, config.batch_size) == ("resnet18", 40, 256)
     assert (config.optimizer, config.learning_rate, config.weight_decay) == ("adamw", 1e-3, 1e-2)
-    assert (config.schedule, config.warmup_epochs, config.decay_all) == ("cosine", 0, True)
+    assert (config.schedule, config.warmup, config.decay_all) == ("cosine", 0, True)
     assert config.augment == AugmentConfig(pad=4, pad_mode="zero", flip="random")
     assert config.mean == config.std == (0.5, 0.5, 0.5)
 
@@ -46,7 +46,9 @@ def test_an_unknown_preset_gets_the_nearest_name() -> None:
         ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1"),
         ({"optimizer": "lion"}, "optimizer must be one of adamw, sgd, muon"),
         ({"precision": "fp8"}, "precision must be one of"),
-        ({"warmup_epochs": 41}, "warmup_epochs"),
+        ({"warmup": 1.5}, "warmup must be between 0 and 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite"),
+        ({"weight_decay": float("inf")}, "weight_decay must be at least 0, got inf"),
         ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
     ],
 )
@@ -98,3 +100,9 @@ def test_the_configuration_of_an_older_run_is_read_under_its_new_names() -> None
 def test_unknown_keys_of_a_saved_augmentation_are_named() -> None:
     with pytest.raises(InputError, match="hue"):
         TrainConfig.from_json({"augment": {"hue": 1}})
+
+
+def test_a_warm_up_that_was_saved_as_epochs_becomes_a_share_of_the_run() -> None:
+    config = TrainConfig.from_json({"epochs": 80, "warmup_epochs": 16})
+    assert (config.epochs, config.warmup) == (80, 0.2)
+    assert TrainConfig.from_json({"warmup_epochs": 4}).warmup == 0.1  # of 40, the default

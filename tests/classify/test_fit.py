@@ -543,7 +543,7 @@ def own_transform(image: Image.Image) -> torch.Tensor:
     return (pixels + 0.02 * torch.rand(3, 1, 1)).clamp(0, 1)
 
 
-OWN = TrainConfig(epochs=4, batch_size=32, schedule="one-cycle", warmup_epochs=1, seed=5)
+OWN = TrainConfig(epochs=4, batch_size=32, schedule="one-cycle", warmup=0.25, seed=5)
 
 
 def fit_own(squares: ImageData, **options: Any) -> Run:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.classify.config import TrainConfig
+from labkit.classify.config import PRESETS, TrainConfig, get_preset
 from labkit.classify.models import create_model
 from labkit.classify.optim import create_optimizer, find_hidden_matrices, lr_at, lr_factor, set_lr
 
@@ -58,6 +58,53 @@ def test_a_schedule_rises_to_its_peak_and_falls_towards_zero(schedule: str) -> N
     assert factors[:21] == sorted(factors[:21])
     assert factors[20:] == sorted(factors[20:], reverse=True)
     assert 0 <= factors[100] < 1e-4
+
+
+RATES = {
+    "seed-resnet18": (1.0, 0.9938441702975689, 0.9045084971874737, 0.5, 0.001541333133436018),
+    "resnet18": (0.201, 0.401, 0.9996875, 0.62468750, 0.0),
+    "vit-classic": (0.004, 0.9983656644430494, 0.9225089144814889, 0.5199719923551266, 0.0),
+    "vit": (0.04000236870310806, 0.5215079619932221, 0.9697867088470489, 0.5866538555606289, 4e-6),
+    "vit-finetune": (0.04, 0.52, 0.9674128381980072, 0.5799405938459175, 0.0),
+    "speed": (0.21, 0.41, 0.996875, 0.621875, 0.0),
+    "demo": (0.040236851024448836, 0.09937279357894548, 0.68259420171774, 0.8479570064705642, 4e-6),
+}
+"""Factors at the start, at 5, 20 and 50 % and at the last step, with 50 steps an epoch.
+
+They were computed when the warm-up of the presets was a number of epochs.
+"""
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_preset_at_its_own_epochs_keeps_the_schedule_that_it_always_had(name: str) -> None:
+    config = PRESETS[name]
+    total = 50 * config.epochs
+    steps = (0, total // 20, total // 5, total // 2, total - 1)
+    factors = [lr_at(step, 50, config) for step in steps]
+    assert factors == pytest.approx(RATES[name], rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_fewer_epochs_keep_the_shape_of_the_schedule(name: str, share: float) -> None:
+    long = PRESETS[name]
+    epochs = max(1, round(share * long.epochs))
+    short, per_epoch = get_preset(name, epochs=epochs), 1000
+    for part in (0.05, 0.1, 0.25, 0.5, 0.75):
+        if long.schedule_per == "epoch":  # constant within an epoch, of which few are left
+            part = int(part * epochs) / epochs
+        factors = [
+            lr_at(int(part * per_epoch * config.epochs), per_epoch, config)
+            for config in (short, long)
+        ]
+        assert factors[0] == pytest.approx(factors[1], abs=0.01)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_schedule_of_one_epoch(name: str) -> None:
+    config = get_preset(name, epochs=1)
+    factors = [lr_at(step, 100, config) for step in range(100)]
+    assert max(factors) == pytest.approx(1.0, abs=0.02) and min(factors) >= 0
 
 
 def test_no_warm_up_begins_at_the_peak() -> None:
