@@ -23,6 +23,7 @@ from labkit.classify.evaluate import evaluate, match_training, predict_logits
 from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.sources import crop_square
+from labkit.classify.trainer import TrainState
 from labkit.classify.vit import compute_attention_rollout, has_attention
 from labkit.files import open_atomic, write_json
 from labkit.images import ImageSource, load_image
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 MISTAKES = 18
 ATTENDED = 8
+TIMED = "steps, loading, augmentation and callbacks; not validation, checkpoints or start-up"
+GPU_MEMORY = "of tensors on the GPU, since this run was started or resumed"
+PROCESS_MEMORY = "of the whole process with its libraries and data, since it was started"
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
 
@@ -241,18 +245,19 @@ def _resolve_for(config: TrainConfig, device: torch.device) -> Precision:
 def collect_facts(
     config: TrainConfig,
     data: ImageData,
-    model: nn.Module,
-    history: Sequence[Mapping[str, float]],
-    train_seconds: float,
+    state: TrainState,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, Any]:
     """What `metrics.json` says of how a result was reached.
 
-    `epochs` are also the true passes: every epoch shows each training image once.
+    `epochs` are also the true passes: every epoch shows each training image once. `chosen_epoch`
+    is the one whose weights count: of the best validation accuracy, or the last. Of time and of
+    memory it says what they include.
     """
     training_images = len(data.train) - config.val_size
     remarks = {"data_remarks": list(data.remarks)} if data.remarks else {}
+    on_gpu = device.type == "cuda"
     return {
         "preset": config.preset,
         "data": data.source,
@@ -262,12 +267,15 @@ def collect_facts(
         "seed": config.seed,
         "epochs": config.epochs,
         "passes": config.epochs,
+        "chosen_epoch": state.best.get("epoch", config.epochs),
         "training_images": training_images,
-        "train_accuracy": history[-1]["train_accuracy"],
-        "train_seconds": train_seconds,
-        "images_per_second": training_images * len(history) / train_seconds,
+        "train_accuracy": state.history[-1]["train_accuracy"],
+        "train_seconds": state.seconds,
+        "train_seconds_include": TIMED,
+        "images_per_second": training_images * len(state.history) / state.seconds,
         "peak_memory_gib": measure_peak_memory(device),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_is": GPU_MEMORY if on_gpu else PROCESS_MEMORY,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
         "device": describe_device(device),
         "precision": precision.name,
         "versions": get_versions(),
@@ -344,6 +352,7 @@ def load_run(
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
     model.eval()
+    rows = (folder / HISTORY).read_text().splitlines()  # more, while the run gets more epochs
     metrics = evaluate(
         model,
         images.test,
@@ -356,7 +365,7 @@ def load_run(
         config=config,
         model=model,
         data=images,
-        history=[json.loads(line) for line in (folder / HISTORY).read_text().splitlines()],
+        history=[json.loads(line) for line in rows[: config.epochs]],
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,

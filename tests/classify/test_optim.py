@@ -155,11 +155,38 @@ def test_muon_orthogonalises_find_hidden_matrices_alone() -> None:
     torch.testing.assert_close(adam_step, torch.full_like(adam_step, 0.02))
 
 
-def test_muon_spares_the_embedding_head_and_tables_of_the_vit() -> None:
-    model = create_model("vit", embed_dim=16, depth=2, num_heads=2, relative_bias=True)
+def name_hidden_matrices(model: nn.Module) -> set[str]:
     matrices = find_hidden_matrices(model)
-    names = {name for name, p in model.named_parameters() if id(p) in matrices}
-    assert len(names) == 8 and all(name.startswith("blocks.") for name in names)
-    assert all(
-        name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")) for name in names
-    )
+    return {name for name, p in model.named_parameters() if id(p) in matrices}
+
+
+VIT_MATRICES = {
+    f"blocks.{layer}.{name}.weight"
+    for layer in range(2)
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+}
+
+
+@pytest.mark.parametrize("preset", ["vit", "vit-classic"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "sequence"])
+def test_muon_takes_the_matrices_of_the_blocks_of_a_vit_alone(preset: str, pool: str) -> None:
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "pool": pool}
+    model = create_model("vit", **{**PRESETS[preset].model_options, **small})
+    assert name_hidden_matrices(model) == VIT_MATRICES
+
+
+def test_muon_takes_the_blocks_of_a_vit_of_timm_behind_its_adapter_alone() -> None:
+    options = {"backbone": "vit_tiny_patch16_224", "depth": 2, "img_size": 32}
+    model = create_model("vit-finetune", pretrained=False, **options)
+    assert name_hidden_matrices(model) == {f"backbone.{name}" for name in VIT_MATRICES}
+
+
+def test_muon_takes_the_convolutions_between_the_stem_and_the_head_of_a_resnet18() -> None:
+    names = name_hidden_matrices(create_model("resnet18"))
+    # Two blocks of two convolutions in each of four layers, and three that shorten the detour.
+    assert len(names) == 4 * 2 * 2 + 3 and all(name.startswith("layer") for name in names)
+
+
+def test_muon_takes_the_groups_of_the_speed_network_alone() -> None:
+    names = name_hidden_matrices(create_model("speed"))
+    assert len(names) == 6 and all(name.startswith("groups.") for name in names)
