@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -372,3 +372,78 @@ def get_preset(name: str, **changes: Any) -> TrainConfig:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"preset {name!r} is unknown; {hint}there are: {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def change_settings(config: TrainConfig, changes: Iterable[str]) -> TrainConfig:
+    """`config` with the changes that texts such as `batch_size=64` describe.
+
+    Args:
+        config: the recipe to begin with.
+        changes: each `NAME=VALUE`, where NAME is a field of `TrainConfig`, `augment.` and a field
+            of `AugmentConfig`, or `model_options.` and an option of the network. Several numbers
+            are separated by commas.
+
+    Raises:
+        InputError: a text has another form, a name is unknown, or a value is out of range.
+
+    Example:
+        >>> texts = ["epochs=3", "augment.cutmix=1.0", "model_options.depth=6"]
+        >>> config = change_settings(get_preset("vit"), texts)
+        >>> config.epochs, config.augment.cutmix, config.model_options["depth"]
+        (3, 1.0, 6)
+    """
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not name or not equals:
+            raise InputError(
+                f"a setting must be NAME=VALUE, such as label_smoothing=0.1, got {change!r}"
+            )
+        group, _, option = name.partition(".")
+        if group == "augment" and option:
+            value = _parse_setting(AugmentConfig, option, text)
+            augment = dataclasses.replace(config.augment, **{option: value})
+            config = dataclasses.replace(config, augment=augment)
+        elif group == "model_options" and option:
+            options = {**config.model_options, option: _parse_option(text)}
+            config = dataclasses.replace(config, model_options=options)
+        else:
+            value = _parse_setting(TrainConfig, name, text)
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def _parse_setting(owner: type, name: str, text: str) -> Any:
+    """`text` as a value of the field `name` of `owner`."""
+    hints = get_type_hints(owner)
+    if name not in hints:
+        close = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"setting {name!r} is unknown; {hint}there are: {', '.join(hints)}")
+    hint = hints[name]
+    parsers: dict[Any, tuple[Any, str]] = {
+        int: (int, "a whole number"),
+        float: (float, "a number"),
+        bool: ({"true": True, "false": False}.__getitem__, "true or false"),
+        tuple[float, float, float]: (_parse_triple, "three numbers, separated by commas"),
+    }
+    if hint in (AugmentConfig, Mapping[str, Any]):
+        example = "augment.cutmix=1.0" if name == "augment" else "model_options.depth=6"
+        raise InputError(f"{name} has settings of its own: name one, such as {example}")
+    parse, kind = parsers.get(hint, (str, "a text"))
+    try:
+        return parse(text.strip().lower() if hint is bool else text)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{name} must be {kind}, got {text!r}") from error
+
+
+def _parse_triple(text: str) -> tuple[float, float, float]:
+    red, green, blue = map(float, text.split(","))
+    return red, green, blue
+
+
+def _parse_option(text: str) -> Any:
+    """`text` as JSON has it, a number or a list among others; else the text itself."""
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text

@@ -52,6 +52,53 @@ WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained network that names what images show; it needs no data.
+
+    Attributes:
+        config: the recipe that it was trained by.
+        model: the network, in evaluation mode.
+        classes: class names in the order of its logits.
+        note: what every figure must say on its face; empty for a network trained on real data.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    classes: Sequence[str]
+    note: str = ""
+
+    def predict(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.str_]:
+        """The most probable class of each image: (N,) names; see `Run.predict`."""
+        names: NDArray[np.str_] = np.array(self.classes)[self.predict_proba(images).argmax(1)]
+        return names
+
+    def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        """The probability of each class: (N, C) float32; see `Run.predict`."""
+        squares = self.load_squares(images)
+        if not len(squares):
+            return np.zeros((0, len(self.classes)), np.float32)
+        device = next(self.model.parameters()).device
+        logits = predict_logits(
+            self.model,
+            squares,
+            mean=self.config.mean,
+            std=self.config.std,
+            device=device,
+            precision=_resolve_for(self.config, device),
+        )
+        probabilities: NDArray[np.float32] = logits.softmax(1).numpy()
+        return probabilities
+
+    def load_squares(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.uint8]:
+        """What the network sees of each image: (N, image_size, image_size, 3) uint8."""
+        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        sources: Any = images if is_batch else [images]
+        size = self.config.image_size
+        squares = [crop_square(load_image(source), size) for source in sources]
+        return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """What training gave.
 
@@ -95,34 +142,18 @@ class Run:
             InputError: an image cannot be used.
             SourceError: an image could not be read or fetched.
         """
-        classes = np.array(self.data.classes)
-        names: NDArray[np.str_] = classes[self.predict_proba(images).argmax(1)]
-        return names
+        return self.classifier.predict(images)
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """The probability of each class: (N, C) float32; see `predict` for `images`."""
-        squares = self._load_squares(images)
-        if not len(squares):
-            return np.zeros((0, len(self.data.classes)), np.float32)
-        device = next(self.model.parameters()).device
-        logits = predict_logits(
-            self.model,
-            squares,
-            mean=self.config.mean,
-            std=self.config.std,
-            device=device,
-            precision=_resolve_for(self.config, device),
-        )
-        probabilities: NDArray[np.float32] = logits.softmax(1).numpy()
-        return probabilities
+        return self.classifier.predict_proba(images)
 
-    def _load_squares(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.uint8]:
-        """(N, image_size, image_size, 3) of one image or of several."""
-        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-        sources: Any = images if is_batch else [images]
-        size = self.config.image_size
-        squares = [crop_square(load_image(source), size) for source in sources]
-        return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+    @property
+    def classifier(self) -> Classifier:
+        """The network with what it needs to name images, without the data."""
+        return Classifier(
+            config=self.config, model=self.model, classes=self.data.classes, note=self.note
+        )
 
     def learning_curves(self) -> Figure:
         """Loss, accuracy and learning rate by epoch."""
@@ -162,7 +193,8 @@ class Run:
         Raises:
             InputError: the model has no attention (see `has_attention`).
         """
-        pixels = self._load_squares(self.data.test.images[:ATTENDED] if images is None else images)
+        shown = self.data.test.images[:ATTENDED] if images is None else images
+        pixels = self.classifier.load_squares(shown)
         device = next(self.model.parameters()).device
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
         normalised = normalise(batch, self.config.mean, self.config.std)
@@ -307,16 +339,8 @@ def load_run(
             other classes or images of another size.
         SourceError: the data it was trained on could not be had.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    missing = [name for name in (CONFIG, HISTORY, METRICS, WEIGHTS) if not (folder / name).exists()]
-    if missing:
-        raise InputError(
-            f"{folder} holds no finished run ({', '.join(missing)} missing); "
-            "train one with: labkit train --out FOLDER"
-        )
-    config = TrainConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    config, saved = _load_description(folder)
     if data is None and config.data == "custom":
         raise InputError(
             f"{folder} was trained on data of your own: "
@@ -324,7 +348,6 @@ def load_run(
         )
     if model is None and config.model == "custom":
         raise InputError(f"{folder} was trained with a network of your own: pass model=")
-    saved = json.loads((folder / METRICS).read_text())
     source = config.data if data is None else data
     if isinstance(source, str | Path):
         source = load_data(str(source), image_size=config.image_size)
@@ -345,13 +368,7 @@ def load_run(
         saved["evaluated_on"] = images.name
         saved["evaluated_on_fingerprint"] = images.fingerprint
     target = pick_device(device)
-    if model is None:
-        model = create_from_config(config, len(images.classes), pretrained=False)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
-    model.eval()
+    model = _load_weights(folder, config, len(images.classes), model)
     rows = (folder / HISTORY).read_text().splitlines()  # more, while the run gets more epochs
     metrics = evaluate(
         model,
@@ -370,3 +387,54 @@ def load_run(
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,
     )
+
+
+def load_classifier(folder: Path | str, *, device: str = "auto") -> Classifier:
+    """The network of the finished run in `folder`, to name images with; its data are not needed.
+
+    Args:
+        folder: what `out` was in `labkit.fit`.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+
+    Raises:
+        InputError: there is no finished run in `folder`, or its network is one of your own, which
+            `load_run` takes.
+    """
+    folder = Path(folder)
+    target = pick_device(device)
+    config, saved = _load_description(folder)
+    if config.model == "custom":
+        raise InputError(
+            f"{folder} was trained with a network of your own: use labkit.load_run with model="
+        )
+    model = _load_weights(folder, config, len(saved["classes"]), None).to(target)
+    note = "demo: trained on procedural scenes" if saved.get("data") == "scenes" else ""
+    return Classifier(config=config, model=model, classes=saved["classes"], note=note)
+
+
+def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration, and the content of `metrics.json`, of a finished run."""
+    missing = [name for name in (CONFIG, HISTORY, METRICS, WEIGHTS) if not (folder / name).exists()]
+    if missing:
+        raise InputError(
+            f"{folder} holds no finished run ({', '.join(missing)} missing); "
+            "train one with: labkit train --out FOLDER"
+        )
+    config = TrainConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    saved: dict[str, Any] = json.loads((folder / METRICS).read_text())
+    return config, saved
+
+
+def _load_weights(
+    folder: Path, config: TrainConfig, num_classes: int, model: nn.Module | None
+) -> nn.Module:
+    """The network of a run, or `model`, with the weights in `folder`, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    if model is None:
+        model = create_from_config(config, num_classes, pretrained=False)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
+    return model.eval()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from labkit.classify.config import (
     PRESETS,
     AugmentConfig,
     TrainConfig,
+    change_settings,
     get_preset,
     list_presets,
 )
@@ -106,3 +108,41 @@ def test_a_warm_up_that_was_saved_as_epochs_becomes_a_share_of_the_run() -> None
     config = TrainConfig.from_json({"epochs": 80, "warmup_epochs": 16})
     assert (config.epochs, config.warmup) == (80, 0.2)
     assert TrainConfig.from_json({"warmup_epochs": 4}).warmup == 0.1  # of 40, the default
+
+
+def test_settings_are_changed_by_their_texts() -> None:
+    texts = ["label_smoothing=0.2", "batch_size=64", "compile=True", "schedule=triangle"]
+    texts += ["mean=0.5,0.5,0.4", "augment.cutmix=0", "augment.flip=none"]
+    texts += ["model_options.depth=6", "model_options.mimetic=False", "model_options.pool=cls"]
+    config = change_settings(PRESETS["vit"], texts)
+    assert (config.label_smoothing, config.batch_size, config.compile) == (0.2, 64, True)
+    assert (config.schedule, config.mean) == ("triangle", (0.5, 0.5, 0.4))
+    assert (config.augment.cutmix, config.augment.flip, config.augment.erase) == (0.0, "none", 0.1)
+    options = {**PRESETS["vit"].model_options, "depth": 6, "mimetic": False, "pool": "cls"}
+    assert config.model_options == options
+    assert change_settings(config, ()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs", "must be NAME=VALUE, such as label_smoothing=0.1, got 'epochs'"),
+        ("=3", "must be NAME=VALUE"),
+        ("epoch=3", "setting 'epoch' is unknown; did you mean 'epochs'"),
+        ("augment.cutmx=1", "did you mean 'cutmix'"),
+        ("epochs=2.5", "epochs must be a whole number, got '2.5'"),
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("warmup=2", "warmup must be between 0 and 1, got 2.0"),
+        ("momentum=high", "momentum must be a number, got 'high'"),
+        ("compile=maybe", "compile must be true or false, got 'maybe'"),
+        ("std=1,2", "std must be three numbers, separated by commas, got '1,2'"),
+        ("schedule=flat", "schedule must be one of cosine, one-cycle, triangle, got 'flat'"),
+        ("augment.erase=7", "erase must be between 0 and 1, got 7.0"),
+        ("augment=strong", "augment has settings of its own: name one, such as augment.cutmix"),
+        ("model_options={}", "name one, such as model_options.depth=6"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        change_settings(PRESETS["vit"], [text])
+    assert "\n" not in str(caught.value)

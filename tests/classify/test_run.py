@@ -14,7 +14,7 @@ from PIL import Image
 from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, Split, load_data
 from labkit.classify.fit import fit
-from labkit.classify.run import Run, load_run
+from labkit.classify.run import Run, load_classifier, load_run
 from labkit.runtime import InputError
 
 
@@ -70,6 +70,17 @@ def test_a_photograph_is_cut_as_a_folder_of_images_is(run: Run, image_folder: Pa
     data = load_data(str(image_folder), image_size=16)
     path = image_folder / "train" / "ant" / "0.png"
     np.testing.assert_array_equal(run.predict_proba(path), run.predict_proba(data.train.images[0]))
+
+
+def test_the_network_of_a_run_is_loaded_without_its_data(run: Run, squares: ImageData) -> None:
+    assert run.folder is not None
+    classifier = load_classifier(run.folder, device="cpu")  # its data are nowhere to be found
+    images = squares.test.images[:5]
+    np.testing.assert_allclose(classifier.predict_proba(images), run.predict_proba(images))
+    assert classifier.predict(images).tolist() == run.predict(images).tolist()
+    assert classifier.note == "" and tuple(classifier.classes) == squares.classes
+    with pytest.raises(InputError, match="no finished run"):
+        load_classifier(run.folder / "checkpoints")
 
 
 def test_an_image_that_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
