@@ -105,6 +105,7 @@ def evaluate(
     std: Sequence[float] = CIFAR10_STD,
     precision: PrecisionName | Precision = "auto",
     device: str = "auto",
+    tta: bool = True,
 ) -> Metrics:
     """Measure `model` on a labelled split, without and with the mirrored view averaged in.
 
@@ -116,6 +117,7 @@ def evaluate(
         std: channel deviations that the model was trained with.
         precision: arithmetic of the forward passes, as in `TrainConfig`.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+        tta: whether the mirrored view is measured at all, which takes as long again.
 
     Raises:
         InputError: the split is empty, or the model gives another number of classes.
@@ -134,8 +136,10 @@ def evaluate(
     )
     options: dict[str, Any] = {"mean": mean, "std": std, "device": target, "precision": resolved}
     plain = predict_logits(model, split.images, **options)
-    mirrored = predict_logits(model, split.images, **options, flip=True)
-    averaged = (plain + mirrored) / 2
+    averaged = None
+    if tta:
+        mirrored = predict_logits(model, split.images, **options, flip=True)
+        averaged = ((plain + mirrored) / 2).softmax(1).numpy()
     return Metrics.from_probabilities(
-        plain.softmax(1).numpy(), split.labels, split.classes, averaged.softmax(1).numpy()
+        plain.softmax(1).numpy(), split.labels, split.classes, averaged
     )

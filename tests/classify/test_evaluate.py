@@ -49,6 +49,15 @@ def test_metrics_are_those_of_the_plain_and_of_the_averaged_view(squares: ImageD
     assert metrics.classes == squares.classes
 
 
+def test_without_tta_each_image_is_seen_once(squares: ImageData) -> None:
+    twice, once = Brightness(), Brightness()
+    both = evaluate(twice, squares.test, device="cpu")
+    plain = evaluate(once, squares.test, device="cpu", tta=False)
+    assert (len(twice.seen), len(once.seen)) == (2, 1)
+    assert plain.accuracy == both.accuracy
+    assert plain.accuracy_tta is None and plain.accuracy_tta_interval is None
+
+
 def test_batch_size_changes_nothing_and_modes_are_left_as_found(squares: ImageData) -> None:
     model = Brightness().train()
     model.dropout.eval()

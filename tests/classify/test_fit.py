@@ -432,6 +432,7 @@ def test_seconds_and_memory_say_what_they_include(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_peak_memory_begins_with_the_run(squares: ImageData, tiny_config: TrainConfig) -> None:
     torch.empty(2**30, dtype=torch.uint8, device="cuda")
     run = fit(dataclasses.replace(tiny_config, epochs=1), data=squares, device="cuda")
