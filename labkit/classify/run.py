@@ -31,6 +31,7 @@ from labkit.report import Table, write_report
 from labkit.runtime import (
     InputError,
     Precision,
+    as_one_line,
     describe_device,
     get_versions,
     measure_peak_memory,
@@ -436,5 +437,7 @@ def _load_weights(
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
-        raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
+        raise InputError(
+            f"the weights in {folder} do not fit the model: {as_one_line(error)}"
+        ) from error
     return model.eval()

@@ -172,6 +172,22 @@ def test_data_of_other_classes_or_another_size_is_refused(
         load_run(run.folder, data=ImageData.from_splits(*larger))
 
 
+def test_a_run_of_48_pixels_is_evaluated_at_48_pixels(
+    tiny_config: TrainConfig, image_folder: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        tiny_config, data=str(image_folder), image_size=48, epochs=1, batch_size=4
+    )
+    fit(config, out=tmp_path / "run", device="cpu")
+    for data in (None, image_folder):
+        loaded = load_run(tmp_path / "run", data=data, device="cpu")
+        assert loaded.data.test.images.shape == (2, 48, 48, 3)
+    with pytest.raises(InputError, match="image_size must be 32 for 'scenes', got 48"):
+        load_run(tmp_path / "run", data="scenes", device="cpu")
+    with pytest.raises(InputError, match="48 x 48 pixels, but those of animals are 32 x 32"):
+        load_run(tmp_path / "run", data=load_data(str(image_folder)), device="cpu")
+
+
 def test_what_was_left_out_of_a_folder_is_told_by_the_run(
     squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
