@@ -83,6 +83,9 @@ STRANGE_FIGURES: dict[str, Callable[[Sequence[str]], Figure]] = {
         names,
         note=names[0],
     ),
+    "predictions": lambda names: viz.plot_predictions(
+        images(len(names)), np.eye(len(names)), names, names, top=1, note=names[0]
+    ),
     "attention": lambda names: viz.plot_attention(
         images(len(names)), np.eye(4)[None].repeat(len(names), 0), names, names[0]
     ),
