@@ -1,4 +1,4 @@
-"""The command line: `labkit train | eval | segment | bench | doctor`."""
+"""The command line: `labkit train | eval | predict | segment | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 _logger = logging.getLogger(__name__)
+
+TOP, DRAWN = 3, 50  # classes that `predict` shows of an image, and images that it draws
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,37 +36,62 @@ def _setup() -> None:
 @app.command()
 def train(
     preset: Annotated[str, typer.Option(help="Name of the recipe.")] = "seed-resnet18",
-    data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
-    epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Height and width in pixels, instead of the preset's.")
+    data: Annotated[
+        str | None,
+        typer.Option(help="hub, toronto, cifar100, scenes, or a folder [default: the preset's]."),
     ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/PRESET].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where it stopped; a finished run with more epochs goes on too."
+        ),
+    ] = False,
     val_size: Annotated[
-        int, typer.Option(help="Training images for validation, to choose the best epoch.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Training images for validation, to choose the best epoch [default: the preset's]."
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width in pixels to which images are brought."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay of the weights.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting of TrainConfig, such as label_smoothing=0.1, augment.cutmix=1.0"
+            " or model_options.depth=6; may be repeated.",
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train a preset, evaluate it once on the test split, and write a report."""
-    from labkit.classify.config import get_preset
+    from labkit.classify.config import change_settings, get_preset
     from labkit.classify.fit import fit
     from labkit.runtime import World
 
-    own = {"epochs": epochs, "image_size": image_size}
-    changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-    config = get_preset(
-        preset,
-        data=data,
-        seed=seed,
-        val_size=val_size,
-        precision=precision,
-        compile=compile_model,
-        **changes,
-    )
+    options: dict[str, Any] = {
+        "data": data,
+        "epochs": epochs,
+        "val_size": val_size,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }
+    changes = {name: value for name, value in options.items() if value is not None}
+    config = get_preset(preset, seed=seed, precision=precision, compile=compile_model, **changes)
+    config = change_settings(config, settings or ())
     folder = Path("runs") / preset if out is None else out
     run = fit(config, out=folder, resume=resume, device=device)
     if World.from_environment().is_main_process:
@@ -97,6 +124,64 @@ def evaluate(
     if not loaded.is_on_other_data:
         loaded.report()
     _print_metrics(loaded, has_report=not loaded.is_on_other_data)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    images: Annotated[list[str], typer.Argument(help="Images, folders of images, addresses.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the figure [default: RUN].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Name what images show: print the three most probable classes of each, and draw them.
+
+    OUT/predictions.png shows what the network saw of the first 50 images. Of several images, one
+    that cannot be read does not stop the others.
+    """
+    import numpy as np
+
+    from labkit import viz
+    from labkit.classify.run import load_classifier
+    from labkit.files import open_atomic
+    from labkit.images import describe
+    from labkit.runtime import LabkitError
+
+    sources = _expand_folders(images)
+    classifier = load_classifier(run, device=device)
+    note = f"  [{classifier.note}]" if classifier.note else ""
+    drawn: list[tuple[str, Any, Any]] = []
+    failed = 0
+    for source in sources:
+        name = describe(source)
+        try:
+            square = classifier.load_squares(source)
+        except LabkitError as error:
+            if len(sources) == 1:
+                raise
+            failed += 1
+            print(f"labkit: {error}", file=sys.stderr)
+            continue
+        (shares,) = classifier.predict_proba(square)
+        if len(drawn) < DRAWN:
+            drawn.append((name, square[0], shares))
+        best = [f"{classifier.classes[i]} {shares[i]:.1%}" for i in (-shares).argsort()[:TOP]]
+        print(f"{name}  {'  '.join(best)}{note}")
+    if drawn:
+        names, squares, probabilities = zip(*drawn, strict=True)
+        figure = viz.plot_predictions(
+            np.stack(squares),
+            probabilities,
+            classifier.classes,
+            names,
+            top=TOP,
+            note=classifier.note,
+        )
+        path = (run if out is None else out) / "predictions.png"
+        with open_atomic(path) as file:
+            figure.savefig(file, format="png")
+        print(path)
+    if failed:
+        raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
 
 
 @app.command()

@@ -234,32 +234,77 @@ def describe_unreadable(name: object, error: OSError) -> SourceError:
     )
 
 
-def mirror_folder(source: Path, target: Path, *, prune: str) -> None:
+def mirror_folder(
+    source: Path, target: Path, *, prune: str, verified: dict[str, list[int]] | None = None
+) -> None:
     """Copy new and changed files of `source` to `target`, and read every copy back.
 
     This serves a drive that can lose files, such as Google Drive in Colab: the training writes to
-    `source` on the local disk, and `target` lies on the drive.
+    `source` on the local disk, and `target` lies on the drive. `source` may change meanwhile, as
+    a run does: what changes or vanishes under the copy is left to the next call. Hidden files and
+    folders, which are unfinished, are left out.
 
     Args:
         source: the folder to copy.
         target: the copy; it is created if it is missing.
         prune: a subfolder; files and folders in it that `source` no longer has are removed from
-            `target` too.
+            `target` too, once all that `source` has are copied.
+        verified: the state of each file that an earlier call has copied and read back. Such files
+            are not read again until they change. The call notes there what it has verified.
 
     Raises:
         SourceError: a file could not be written, or does not read back as it was written.
+
+    Example:
+        >>> import tempfile
+        >>> source, target = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+        >>> _ = (source / "history.jsonl").write_text("{}")
+        >>> mirror_folder(source, target, prune="checkpoints")
+        >>> (target / "history.jsonl").read_text()
+        '{}'
     """
-    for name in sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file()):
-        digest = f"sha256:{compute_checksum(source / name)}"
-        if has_digest(target / name, digest):
-            continue
-        with open_atomic(target / name) as file, (source / name).open("rb") as original:
-            shutil.copyfileobj(original, file)
-        if not has_digest(target / name, digest):
-            raise SourceError(f"{target / name} does not read back as written; is the drive full?")
-    for path in (target / prune).glob("*"):
-        if not (source / prune / path.name).exists():
-            shutil.rmtree(path, ignore_errors=True)
+    verified = {} if verified is None else verified
+    names = sorted(
+        Path(folder, name).relative_to(source)
+        for folder, _, files in os.walk(source)
+        for name in files
+    )
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    is_whole = True
+    for name in names:
+        state: list[int] = []
+        try:
+            state = _read_state(source / name)
+            if verified.get(str(name)) != state or not _has_size(target / name, state[0]):
+                _copy_verified(source / name, target / name)
+                verified[str(name)] = state
+        except SourceError:
+            if (source / name).exists() and _read_state(source / name) == state:
+                raise
+            is_whole = False
+    kept = {name.parts[1] for name in names if name.parts[0] == prune and len(name.parts) > 1}
+    if kept and is_whole:
+        for path in (target / prune).glob("*"):
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _copy_verified(source: Path, target: Path) -> None:
+    """Copy a file, unless `target` is equal to it, and compare what reads back."""
+    digest = f"sha256:{_hash_file(source)}"
+    if has_digest(target, digest):
+        return
+    with open_atomic(target) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file)
+    if not has_digest(target, digest):
+        raise SourceError(f"{target} does not read back as written; is the drive full?")
 
 
 def has_digest(path: Path, digest: str) -> bool:

@@ -53,19 +53,31 @@ def mount_drive(name: Path | str) -> Path:
 
 
 def make_config(
-    preset: str, *, profile: str, epochs: int = 0, seed: int = 0, val_size: int = 0
+    preset: str,
+    *,
+    profile: str,
+    data: str = "",
+    image_size: int = 0,
+    epochs: int = 0,
+    seed: int = 0,
+    val_size: int = 0,
 ) -> TrainConfig:
     """The recipe that the parameters of `q1.ipynb` describe.
 
     Args:
         preset: name of a recipe; the `demo` profile has one of its own, called `demo`.
-        profile: `full` trains on CIFAR-10, `demo` on the embedded scenes.
+        profile: `full` trains on CIFAR-10 or on `data`, `demo` on the embedded scenes.
+        data: a source as `labkit.load_data` takes it, such as a folder of images; empty keeps the
+            recipe's own.
+        image_size: height and width in pixels to which the images of a folder are brought; 0 keeps
+            the recipe's own.
         epochs: instead of the recipe's own; 0 keeps those.
         seed: random seed.
         val_size: number of training images for validation; 0 keeps the recipe's own.
 
     Raises:
-        InputError: the preset or the profile is unknown, or a number is out of range.
+        InputError: the preset or the profile is unknown, a number is out of range, or the `demo`
+            profile was given other data than its own.
 
     Example:
         >>> make_config("vit", profile="demo", epochs=2).data
@@ -73,12 +85,32 @@ def make_config(
     """
     if profile not in ("full", "demo"):
         raise InputError(f"profile must be 'full' or 'demo', got {profile!r}")
-    changes: dict[str, Any] = {"seed": seed}
-    if epochs:
-        changes["epochs"] = epochs
-    if val_size:
-        changes["val_size"] = val_size
-    return get_preset("demo" if profile == "demo" else preset, **changes)
+    if profile == "demo" and (data or image_size):
+        raise InputError(
+            "the profile 'demo' trains on scenes of 32 pixels; for data of your own and another "
+            "image_size choose profile='full'"
+        )
+    options = {"data": data, "image_size": image_size, "epochs": epochs, "val_size": val_size}
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value}
+    return get_preset("demo" if profile == "demo" else preset, seed=seed, **changes)
+
+
+def name_run(config: TrainConfig) -> str:
+    """The name of the folder of a run: preset and seed, and data and size where they are others.
+
+    Example:
+        >>> name_run(make_config("vit", profile="full", seed=1))
+        'vit-seed1'
+        >>> name_run(make_config("vit", profile="full", data="my/birds", image_size=48))
+        'vit-birds-48px-seed0'
+    """
+    preset = get_preset(config.preset)
+    parts = [config.preset]
+    if config.data != preset.data:
+        parts.append(Path(config.data).resolve().name)
+    if config.image_size != preset.image_size:
+        parts.append(f"{config.image_size}px")
+    return "-".join([*parts, f"seed{config.seed}"])
 
 
 def show_augmentations(
@@ -99,6 +131,6 @@ def describe_untrained(data: ImageData, config: TrainConfig, device: str = "auto
     _, sample = train_val_split(data.train, 1000)
     with use_seed(config.seed):
         model = create_from_config(config, len(data.classes), pretrained=False)
-    metrics = evaluate(model, sample, mean=config.mean, std=config.std, device=device)
+    metrics = evaluate(model, sample, mean=config.mean, std=config.std, device=device, tta=False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{parameters:,} parameters, untrained: {metrics.accuracy:.1%} of 1,000 images right"

@@ -298,6 +298,79 @@ def plot_mistakes(
 
 
 @use_plain_text()
+def plot_predictions(
+    images: NDArray[np.uint8],
+    probabilities: ArrayLike,
+    classes: Sequence[str],
+    titles: Sequence[str] = (),
+    *,
+    top: int = 3,
+    columns: int = 2,
+    note: str = "",
+) -> Figure:
+    """Draw each image beside bars of its most probable classes, the most probable on top.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        probabilities: (N, C) in [0, 1].
+        classes: the names of the C classes.
+        titles: one for each image, or none.
+        top: the number of classes to show for each image.
+        columns: the number of images in a row.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `images`, `probabilities`, `classes`, `titles`, `top` or `columns` do not fit.
+
+    Example:
+        >>> image = np.zeros((1, 8, 8, 3), np.uint8)
+        >>> figure = plot_predictions(image, [[0.1, 0.9]], ["cat", "dog"], note="demo")
+        >>> [text.get_text().replace(chr(160), " ") for text in figure.axes[0].texts]
+        ['dog', '90 %', 'cat', '10 %']
+    """
+    images, table = _check_images(images), np.asarray(probabilities, dtype=np.float64)
+    if table.shape != (len(images), len(classes)):
+        wanted = (len(images), len(classes))
+        raise InputError(f"probabilities must be {wanted}, a row an image, got {table.shape}")
+    if len(titles) not in (0, len(images)):
+        raise InputError(f"{len(titles)} titles for {len(images)} images; give one each or none")
+    if min(top, columns) < 1:
+        raise InputError(f"top and columns must be at least 1, got {top} and {columns}")
+    size, bar, line = 1.35, 1.5, 0.45  # inches: an image, a bar of 100 %, a class
+    shown = min(top, len(classes))
+    above = TEXT_LINE + GAP if titles else GAP
+    cell_width = size + bar + 0.75
+    cell_height = above + max(size, line * shown) + GAP
+    columns = max(1, min(columns, len(images)))
+    width = max(columns * cell_width, 2.4)
+    height = max(-(-len(images) // columns) * cell_height, 0.5)
+    figure = create_figure(width, height, note, pad=0.0)
+    axes = figure.subplots()
+    for index, (image, row) in enumerate(zip(images, table, strict=True)):
+        left = GAP + index % columns * cell_width
+        y = index // columns * cell_height + above
+        extent = (left, left + size, y + size, y)
+        axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
+        if titles:
+            title = make_drawable(titles[index], int((cell_width - GAP) / CHARACTER))
+            axes.text(left, y - 0.04, title, va="bottom", ha="left", **SMALL)
+        start = left + size + 0.12
+        for rank, label in enumerate(np.argsort(-row, kind="stable")[:shown]):
+            middle, colour = y + rank * line + 0.27, BLUE if rank == 0 else PALE_BLUE
+            axes.barh(middle, bar, 0.12, left=start, color=LINE)
+            axes.barh(middle, bar * row[label], 0.12, left=start, color=colour)
+            name = make_drawable(classes[label], MAX_TICK_LENGTH)
+            axes.text(start, middle - 0.09, name, va="bottom", ha="left", **SMALL)
+            share = f"{100 * row[label]:.0f}\u00a0%"
+            axes.text(start + bar + 0.06, middle, share, va="center", ha="left", **SMALL)
+    if not len(images):
+        axes.text(width / 2, height / 2, "nothing to show", va="center", ha="center", **SMALL)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure
+
+
+@use_plain_text()
 def plot_attention(
     images: NDArray[np.uint8],
     maps: NDArray[np.floating[Any]],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from labkit.classify.config import TrainConfig
+from labkit.classify.config import PRESETS, TrainConfig
 from labkit.cli import main
 from labkit.object_scenes import EVALUATION_SEED, make_object_scene
 
@@ -116,6 +117,94 @@ def test_only_the_main_process_prints_the_result(
     assert ("test accuracy   50.00%" in capsys.readouterr().out) == prints
 
 
+def run_command(patch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `labkit ARGUMENTS` in this process."""
+    patch.setattr(sys, "argv", ["labkit", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """What would have been trained, one configuration a command."""
+    seen: list[TrainConfig] = []
+
+    def note_config(config: TrainConfig, **_: object) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("labkit.classify.fit.fit", note_config)
+    return seen
+
+
+def test_a_preset_keeps_its_own_data_and_validation_split(
+    configs: list[TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_command(monkeypatch, "train", "--preset", "demo")
+    run_command(monkeypatch, "train", "--preset", "demo", "--data", "hub", "--val-size", "0")
+    run_command(monkeypatch, "train", "--preset", "speed")
+    assert configs[0] == PRESETS["demo"] and configs[0].data == "scenes"
+    assert (configs[1].data, configs[1].val_size) == ("hub", 0)
+    assert configs[2] == PRESETS["speed"]
+
+
+def test_every_option_of_train_reaches_the_configuration(
+    configs: list[TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--image-size", "48", "--batch-size", "20", "--learning-rate", "0.01"]
+    options += ["--weight-decay", "0.2", "--set", "augment.cutmix=0.5", "--set", "clip_norm=2"]
+    options += ["--set", "model_options.depth=3", "--epochs", "7", "--seed", "3"]
+    run_command(monkeypatch, "train", "--preset", "vit", "--data", "folder", *options)
+    vit = PRESETS["vit"]
+    assert configs == [
+        dataclasses.replace(
+            vit,
+            data="folder",
+            image_size=48,
+            batch_size=20,
+            learning_rate=0.01,
+            weight_decay=0.2,
+            clip_norm=2.0,
+            epochs=7,
+            seed=3,
+            augment=dataclasses.replace(vit.augment, cutmix=0.5),
+            model_options={**vit.model_options, "depth": 3},
+        )
+    ]
+
+
+def test_predict_prints_and_draws_the_classes(
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, device = str(tmp_path / "run"), ["--device", "cpu"]
+    options = ["--set", "model_options.embed_dim=16", "--set", "model_options.num_heads=2"]
+    options += ["--set", "model_options.depth=1", "--image-size", "16", "--batch-size", "8"]
+    options += ["--val-size", "0", "--epochs", "8", "--learning-rate", "0.01", *device]
+    command = ["train", "--preset", "demo", "--data", str(image_folder), "--out", run]
+    assert run_command(monkeypatch, *command, *options) == 0
+    shutil.rmtree(image_folder / "train")  # what it was trained on is not needed any more
+    capsys.readouterr()
+    images = [str(image_folder / "test" / name / "0.png") for name in ("bright", "dark")]
+    assert run_command(monkeypatch, "predict", run, *images, *device) == 0
+    bright, dark, figure = capsys.readouterr().out.splitlines()
+    assert bright.startswith("0.png  bright ") and "%  dark " in bright
+    assert dark.startswith("0.png  dark ")
+    assert figure == str(tmp_path / "run" / "predictions.png")
+    with Image.open(figure) as drawn:
+        assert drawn.size[0] > 400
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "drawn"
+    broken = [str(tmp_path / "broken.png"), str(image_folder / "test" / "dark")]
+    assert run_command(monkeypatch, "predict", run, *broken, "--out", str(out), *device) == 1
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 8 + 1 and (out / "predictions.png").exists()
+    assert "broken.png" in printed.err and "1 of 9 images failed" in printed.err
+
+
 def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
     children = os.times()
     done = labkit("doctor", folder=tmp_path)
@@ -136,6 +225,16 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["train", "--data", "scenes", "--image-size", "0"], "image_size must be at least 1"),
         (["train", "--data", "scenes", "--image-size", "48"], "image_size must be 32 for 'scenes'"),
         (["train", "--data", "scenes", "--device", "warp"], "device 'warp' is unknown"),
+        (
+            ["train", "--preset", "demo", "--image-size", "0"],
+            "image_size must be at least 1, got 0",
+        ),
+        (["train", "--preset", "demo", "--image-size", "48"], "image_size must be 32 for 'scenes'"),
+        (["train", "--preset", "demo", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["train", "--preset", "demo", "--learning-rate", "0"], "learning_rate must be positive"),
+        (["train", "--preset", "demo", "--weight-decay=-1"], "weight_decay must be at least 0"),
+        (["train", "--preset", "demo", "--set", "depth=3"], "setting 'depth' is unknown"),
+        (["predict", "no-run", "photo.png"], "no-run holds no finished run"),
         (["segment", "gone.png", "--prompt", "star", "--profile", "demo"], "gone.png"),
         (["segment", "x.png", "--prompt", " ", "--profile", "demo"], "a sentence is empty"),
         (["segment", "x.png", "--prompt", "a", "--not", "a"], "both wanted and not"),
@@ -160,6 +259,28 @@ def test_bad_input_is_one_line_with_the_remedy(
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("labkit: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "model_options.depth=x"], "model 'vit' cannot be built with {'patch_size': 4"),
+        (["--val-size", "900"], "val_size must be between 1 and 47, got 900"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_one_line_and_leaves_no_folder(
+    arguments: list[str],
+    message: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["train", "--preset", "vit-classic", "--data", str(image_folder), *arguments]
+    assert run_command(monkeypatch, *command, "--out", str(tmp_path / "run")) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # after the bar of the decoding
+    assert line.startswith("labkit: ") and not (tmp_path / "run").exists()
+    assert message in line
 
 
 @pytest.fixture(scope="module")

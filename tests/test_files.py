@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import os
+import shutil
 import stat
 import threading
 import time
@@ -22,6 +23,7 @@ from labkit.files import (
     download_from_hub,
     has_digest,
     lock_file,
+    mirror_folder,
     open_atomic,
     write_json,
 )
@@ -493,3 +495,57 @@ def test_without_a_network_and_a_cache_the_hub_is_given_up_at_once(tmp_path: Pat
     ):
         download_from_hub("a/b", "model.bin", revision="main", digest="sha256:00")
     assert time.monotonic() - started < 5
+
+
+def write_generations(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        (folder / "checkpoints" / name / "state.pt").write_text(name)
+
+
+def list_generations(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.rglob("state.pt"))
+
+
+def test_a_mirror_follows_its_folder_but_not_what_is_unfinished(tmp_path: Path) -> None:
+    source, target = tmp_path / "run", tmp_path / "drive"
+    write_generations(source, "step-1", "step-2", ".partial-5")
+    (source / ".history.jsonl.0a").write_text("half")
+    verified: dict[str, list[int]] = {}
+    mirror_folder(source, target, prune="checkpoints", verified=verified)
+    assert list_generations(target) == ["step-1", "step-2"] and not list(target.glob(".*"))
+    shutil.rmtree(source / "checkpoints" / "step-1")
+    write_generations(source, "step-3")
+    (target / "checkpoints" / "step-2" / "state.pt").unlink()  # the drive lost it
+    mirror_folder(source, target, prune="checkpoints", verified=verified)
+    assert list_generations(target) == ["step-2", "step-3"]
+
+
+def test_a_generation_that_vanishes_under_the_copy_costs_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "run", tmp_path / "drive"
+    write_generations(source, "step-1")
+    mirror_folder(source, target, prune="checkpoints")
+    shutil.rmtree(source / "checkpoints" / "step-1")
+    write_generations(source, "step-2")
+    copy = files._copy_verified
+
+    def copy_too_late(path: Path, to: Path) -> None:
+        shutil.rmtree(path.parent)  # by the training, which has newer ones
+        copy(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_copy_verified", copy_too_late)
+        mirror_folder(source, target, prune="checkpoints")
+    assert list_generations(target) == ["step-1"]
+
+
+def test_a_copy_that_does_not_read_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "run", tmp_path / "drive"
+    write_generations(source, "step-1")
+    monkeypatch.setattr(shutil, "copyfileobj", lambda original, file: file.write(b"less"))
+    with pytest.raises(SourceError, match="does not read back"):
+        mirror_folder(source, target, prune="checkpoints")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from labkit.notebook import (
     describe_untrained,
     make_config,
     mount_drive,
+    name_run,
     show_augmentations,
 )
 from labkit.runtime import InputError
@@ -46,6 +48,23 @@ def test_the_full_profile_is_the_preset_itself() -> None:
     assert make_config("vit", profile="full") == PRESETS["vit"]
     with pytest.raises(InputError, match="profile"):
         make_config("vit", profile="half")
+
+
+def test_own_data_and_their_size_reach_the_recipe_and_the_name_of_the_run() -> None:
+    config = make_config("vit", profile="full", data="photos/birds", image_size=48)
+    assert (config.data, config.image_size) == ("photos/birds", 48)
+    assert name_run(config) == "vit-birds-48px-seed0"
+    assert name_run(make_config("vit", profile="demo", seed=2)) == "demo-seed2"
+    with pytest.raises(InputError, match="image_size must be at least 1, got -3"):
+        make_config("vit", profile="full", image_size=-3)
+
+
+@pytest.mark.parametrize("changes", [{"data": "photos"}, {"image_size": 48}])
+def test_the_demo_profile_refuses_other_data_instead_of_forgetting_them(
+    changes: dict[str, Any],
+) -> None:
+    with pytest.raises(InputError, match="choose profile='full'"):
+        make_config("vit", profile="demo", **changes)
 
 
 def scenes(count: int) -> ImageData:

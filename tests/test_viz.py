@@ -57,6 +57,9 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
     "mistakes": lambda note: viz.plot_mistakes(
         images(2), [0, 1], [1, 2], [0.97, 0.6], CLASSES, note=note
     ),
+    "predictions": lambda note: viz.plot_predictions(
+        images(3), np.full((3, 3), 1 / 3), CLASSES, list("abc"), note=note
+    ),
     "attention": lambda note: viz.plot_attention(images(2), np.eye(4)[None].repeat(2, 0), (), note),
     "augmentation": lambda note: viz.plot_augmentations(
         images(2), images(6).reshape(2, 3, 8, 8, 3), note=note
@@ -79,6 +82,9 @@ STRANGE_FIGURES: dict[str, Callable[[Sequence[str]], Figure]] = {
         [0.97] * len(names),
         names,
         note=names[0],
+    ),
+    "predictions": lambda names: viz.plot_predictions(
+        images(len(names)), np.eye(len(names)), names, names, top=1, note=names[0]
     ),
     "attention": lambda names: viz.plot_attention(
         images(len(names)), np.eye(4)[None].repeat(len(names), 0), names, names[0]
@@ -311,3 +317,33 @@ def test_augmented_variants_stand_right_of_their_original() -> None:
 def test_arrays_that_do_not_fit_are_named(draw: Callable[[], Figure], message: str) -> None:
     with pytest.raises(InputError, match=message):
         draw()
+
+
+def test_predictions_show_the_most_probable_classes_first_and_to_scale() -> None:
+    table = [[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]]
+    axes = viz.plot_predictions(images(2), table, CLASSES, ["a.png", "b.png"], top=2).axes[0]
+    texts = [text.get_text().replace("\u00a0", " ") for text in axes.texts]
+    assert texts[:5] == ["a.png", "dog", "60 %", "frog", "30 %"]
+    assert texts[5:] == ["b.png", "cat", "80 %", "dog", "15 %"]
+    widths = [patch.get_width() for patch in axes.patches]
+    shares = [part / full for full, part in zip(widths[::2], widths[1::2], strict=True)]
+    assert shares == pytest.approx([0.6, 0.3, 0.8, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probabilities": [[0.5, 0.5]]}, r"must be \(2, 3\), a row an image, got \(1, 2\)"),
+        ({"titles": ["a"]}, "1 titles for 2 images"),
+        ({"top": 0}, "top and columns must be at least 1"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"probabilities": np.full((2, 3), 1 / 3), "classes": CLASSES}
+    with pytest.raises(InputError, match=message):
+        viz.plot_predictions(images(2), **{**options, **changes})
+
+
+def test_no_predictions_are_a_figure_too() -> None:
+    figure = viz.plot_predictions(images(0), np.zeros((0, 3)), CLASSES)
+    assert figure.axes[0].texts[0].get_text() == "nothing to show"

@@ -8,17 +8,20 @@ generation behind, from which training goes on bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
 import secrets
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from labkit.classify.config import TrainConfig
+from labkit.classify.optim import lr_factor
 from labkit.files import (
     compute_checksum,
     mirror_folder,
@@ -63,6 +66,9 @@ class RunFolder:
         self._mirror = None if mirror is None else Path(mirror)
         self._config, self._fingerprint = config, fingerprint
         self._writes = self.folder is not None and is_main_process
+        self._copier: threading.Thread | None = None
+        self._verified: dict[str, list[int]] = {}
+        self._has_warned = False
 
     def generations(self) -> list[Path]:
         """Folders of the generations, newest first."""
@@ -77,9 +83,38 @@ class RunFolder:
             mirror_folder(self._mirror, self.folder, prune=CHECKPOINTS)
 
     def update_mirror(self) -> None:
-        """Bring the mirror up to date."""
-        if self._writes and self.folder and self._mirror:
-            mirror_folder(self.folder, self._mirror, prune=CHECKPOINTS)
+        """Begin to bring the mirror up to date, while training goes on.
+
+        Where a copy is still under way, the next call takes along what is new.
+        """
+        if not self._writes or self.folder is None or self._mirror is None:
+            return
+        if self._copier is None or not self._copier.is_alive():
+            self._copier = threading.Thread(target=self._copy_to_mirror, daemon=True)
+            self._copier.start()
+
+    def finish_mirror(self) -> None:
+        """Bring the mirror up to date, and return when it is."""
+        if self._copier is not None:
+            self._copier.join()
+        self._copy_to_mirror()
+
+    def _copy_to_mirror(self) -> None:
+        """Copy what is new; a drive that fails is one warning, and never ends the training."""
+        if not self._writes or self.folder is None or self._mirror is None:
+            return
+        try:
+            mirror_folder(self.folder, self._mirror, prune=CHECKPOINTS, verified=self._verified)
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "%s could not be copied to %s (%s): the run goes on, and is whole in %s",
+                    self.folder,
+                    self._mirror,
+                    error,
+                    self.folder,
+                )
+            self._has_warned = True
 
     def save_config(self) -> None:
         """Write the configuration."""
@@ -129,7 +164,8 @@ class RunFolder:
     def load_state(self, *, resume: bool = True) -> dict[str, Any] | None:
         """The state in the newest whole generation of this very run; None where there is none.
 
-        A damaged generation is passed over with a warning.
+        A damaged generation is passed over with a warning. A finished run may be given more
+        epochs: it goes on, from where it stands, on the schedule of a run of that many.
 
         Raises:
             InputError: there is one, but `resume` is not set, or it is of another configuration,
@@ -155,8 +191,13 @@ class RunFolder:
             except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 logger.warning("checkpoint %s is damaged (%s): passed over", generation, error)
                 continue
-            self._check_identity(saved["config"], saved["fingerprint"])
             state: dict[str, Any] = saved["state"]
+            config = TrainConfig.from_json(saved["config"])
+            if state.get("epoch") == config.epochs < self._config.epochs:
+                if self._writes:
+                    self._announce_extension(config.epochs)
+                config = dataclasses.replace(config, epochs=self._config.epochs)
+            self._check_identity(config, saved["fingerprint"])
             return state
         if generations:
             raise SourceError(
@@ -164,18 +205,32 @@ class RunFolder:
             )
         return None
 
-    def _check_identity(self, saved: dict[str, Any], fingerprint: str) -> None:
-        config = self._config.to_json()
+    def _announce_extension(self, finished: int) -> None:
+        config = self._config
+        factor = lr_factor(finished / config.epochs, config.warmup, config.schedule)
+        logger.warning(
+            "%s: the finished run of %d epochs goes on to %d. From here it follows the schedule "
+            "of a run of %d epochs: the learning rate goes on at %.3g of its peak",
+            self.folder,
+            finished,
+            config.epochs,
+            config.epochs,
+            factor,
+        )
+
+    def _check_identity(self, saved: TrainConfig, fingerprint: str) -> None:
+        before, now = saved.to_json(), self._config.to_json()
         # The fingerprint of the data stands for where they came from.
         changes = [
-            f"{name}: {saved.get(name)!r} -> {config[name]!r}"
-            for name in config
-            if name != "data" and config[name] != saved.get(name)
+            f"{name}: {before[name]!r} -> {now[name]!r}"
+            for name in now
+            if name != "data" and now[name] != before[name]
         ]
         if fingerprint != self._fingerprint:
             changes.append("other images")
         if changes:
             raise InputError(
                 f"{self.folder} holds a run of another configuration ({'; '.join(changes)}). "
-                "Use the same settings to resume it, or choose another folder."
+                "Use the same settings to resume it, or choose another folder; a finished run "
+                "can be given more epochs."
             )

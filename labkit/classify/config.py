@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,7 +36,7 @@ def _check_choices(config: object) -> None:
 
 
 def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    if not low <= value <= high:
+    if not low <= value <= high or value == float("inf"):
         limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise InputError(f"{name} must be {limit}, got {value!r}")
 
@@ -101,7 +101,9 @@ class TrainConfig:
         momentum: momentum of SGD.
         decay_all: decay norms and biases too, as plain `AdamW(model.parameters())` does.
         norm_bias_lr_scale: factor on the learning rate of BatchNorm biases.
-        schedule: shape of the learning rate over the run, after `warmup_epochs` of linear rise.
+        schedule: shape of the learning rate over the run (see `labkit.classify.optim.lr_factor`).
+        warmup: share of the run in which the learning rate rises to its peak, in [0, 1]. A share
+            keeps the shape of the schedule at any number of epochs.
         schedule_per: the schedule moves with every step, or stays constant within an epoch.
         ema_decay: decay per step of the averaged weights that are evaluated (0: off).
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
@@ -138,7 +140,7 @@ class TrainConfig:
     norm_bias_lr_scale: float = 1.0
     schedule: Literal["cosine", "one-cycle", "triangle"] = "cosine"
     schedule_per: Literal["step", "epoch"] = "step"
-    warmup_epochs: float = 0.0
+    warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
     ema_decay: float = 0.0
@@ -156,11 +158,12 @@ class TrainConfig:
             _check_range(name, getattr(self, name), 1)
         for name in ("weight_decay", "clip_norm", "val_size", "norm_bias_lr_scale", "seed"):
             _check_range(name, getattr(self, name), 0)
-        for name in ("momentum", "label_smoothing", "ema_decay"):
+        for name in ("momentum", "label_smoothing", "ema_decay", "warmup"):
             _check_range(name, getattr(self, name), 0, 1)
-        _check_range("warmup_epochs", self.warmup_epochs, 0, self.epochs)
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(
+                f"learning_rate must be positive and finite, got {self.learning_rate!r}"
+            )
         if min(self.std) <= 0:
             raise InputError(f"std must be positive in every channel, got {self.std!r}")
 
@@ -177,6 +180,8 @@ class TrainConfig:
             InputError: a setting is unknown to this version of labkit, or out of range.
         """
         values = _rename(plain, "config")
+        if "warmup_epochs" in values:  # it counted epochs once
+            values["warmup"] = values.pop("warmup_epochs") / values.get("epochs", cls.epochs)
         if "augment" in values:
             values["augment"] = _rename(values["augment"], "augment")
         if values.get("model") == "vit":
@@ -233,7 +238,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             learning_rate=0.2,
             weight_decay=5e-4,
             schedule="triangle",
-            warmup_epochs=16,
+            warmup=0.2,
             label_smoothing=0.1,
             augment=AugmentConfig(pad=4, pad_mode="reflect", flip="alternating", cutout=8),
         ),
@@ -252,7 +257,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             batch_size=128,
             learning_rate=1e-3,
             weight_decay=5e-2,
-            warmup_epochs=5,
+            warmup=0.025,
             label_smoothing=0.1,
             augment=AugmentConfig(pad=4, flip="random", auto_augment="trivial"),
         ),
@@ -276,7 +281,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             learning_rate=1e-3,
             weight_decay=0.1,
             schedule="one-cycle",
-            warmup_epochs=20,
+            warmup=0.1,
             label_smoothing=0.1,
             clip_norm=1.0,
             ema_decay=0.999,
@@ -290,7 +295,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             batch_size=128,
             learning_rate=5e-5,
             weight_decay=1e-2,
-            warmup_epochs=0.5,
+            warmup=0.1,
             label_smoothing=0.1,
             clip_norm=1.0,
             augment=AugmentConfig(pad=4, pad_mode="reflect", flip="random"),
@@ -307,7 +312,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             momentum=0.85,
             norm_bias_lr_scale=64.0,
             schedule="triangle",
-            warmup_epochs=1.6,
+            warmup=0.2,
             label_smoothing=0.2,
             ema_decay=0.95,
             augment=AugmentConfig(pad=2, pad_mode="reflect", flip="alternating"),
@@ -332,7 +337,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             learning_rate=2e-3,
             weight_decay=5e-2,
             schedule="one-cycle",
-            warmup_epochs=2,
+            warmup=1 / 3,
             clip_norm=1.0,
             val_size=1000,
             augment=_CROP_FLIP,
@@ -367,3 +372,78 @@ def get_preset(name: str, **changes: Any) -> TrainConfig:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"preset {name!r} is unknown; {hint}there are: {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def change_settings(config: TrainConfig, changes: Iterable[str]) -> TrainConfig:
+    """`config` with the changes that texts such as `batch_size=64` describe.
+
+    Args:
+        config: the recipe to begin with.
+        changes: each `NAME=VALUE`, where NAME is a field of `TrainConfig`, `augment.` and a field
+            of `AugmentConfig`, or `model_options.` and an option of the network. Several numbers
+            are separated by commas.
+
+    Raises:
+        InputError: a text has another form, a name is unknown, or a value is out of range.
+
+    Example:
+        >>> texts = ["epochs=3", "augment.cutmix=1.0", "model_options.depth=6"]
+        >>> config = change_settings(get_preset("vit"), texts)
+        >>> config.epochs, config.augment.cutmix, config.model_options["depth"]
+        (3, 1.0, 6)
+    """
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not name or not equals:
+            raise InputError(
+                f"a setting must be NAME=VALUE, such as label_smoothing=0.1, got {change!r}"
+            )
+        group, _, option = name.partition(".")
+        if group == "augment" and option:
+            value = _parse_setting(AugmentConfig, option, text)
+            augment = dataclasses.replace(config.augment, **{option: value})
+            config = dataclasses.replace(config, augment=augment)
+        elif group == "model_options" and option:
+            options = {**config.model_options, option: _parse_option(text)}
+            config = dataclasses.replace(config, model_options=options)
+        else:
+            value = _parse_setting(TrainConfig, name, text)
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def _parse_setting(owner: type, name: str, text: str) -> Any:
+    """`text` as a value of the field `name` of `owner`."""
+    hints = get_type_hints(owner)
+    if name not in hints:
+        close = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"setting {name!r} is unknown; {hint}there are: {', '.join(hints)}")
+    hint = hints[name]
+    parsers: dict[Any, tuple[Any, str]] = {
+        int: (int, "a whole number"),
+        float: (float, "a number"),
+        bool: ({"true": True, "false": False}.__getitem__, "true or false"),
+        tuple[float, float, float]: (_parse_triple, "three numbers, separated by commas"),
+    }
+    if hint in (AugmentConfig, Mapping[str, Any]):
+        example = "augment.cutmix=1.0" if name == "augment" else "model_options.depth=6"
+        raise InputError(f"{name} has settings of its own: name one, such as {example}")
+    parse, kind = parsers.get(hint, (str, "a text"))
+    try:
+        return parse(text.strip().lower() if hint is bool else text)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{name} must be {kind}, got {text!r}") from error
+
+
+def _parse_triple(text: str) -> tuple[float, float, float]:
+    red, green, blue = map(float, text.split(","))
+    return red, green, blue
+
+
+def _parse_option(text: str) -> Any:
+    """`text` as JSON has it, a number or a list among others; else the text itself."""
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text

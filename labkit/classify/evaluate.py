@@ -15,7 +15,15 @@ from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD
 from labkit.classify.data import ImageData, Split
 from labkit.classify.metrics import Metrics
 from labkit.classify.vit import use_eval_mode
-from labkit.runtime import InputError, Precision, PrecisionName, pick_device, resolve_precision
+from labkit.runtime import (
+    InputError,
+    Precision,
+    PrecisionName,
+    as_one_line,
+    is_out_of_memory,
+    pick_device,
+    resolve_precision,
+)
 
 
 @torch.inference_mode()
@@ -105,6 +113,7 @@ def evaluate(
     std: Sequence[float] = CIFAR10_STD,
     precision: PrecisionName | Precision = "auto",
     device: str = "auto",
+    tta: bool = True,
 ) -> Metrics:
     """Measure `model` on a labelled split, without and with the mirrored view averaged in.
 
@@ -116,9 +125,11 @@ def evaluate(
         std: channel deviations that the model was trained with.
         precision: arithmetic of the forward passes, as in `TrainConfig`.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+        tta: whether the mirrored view is measured at all, which takes as long again.
 
     Raises:
-        InputError: the split is empty, or the model gives another number of classes.
+        InputError: the split is empty, the model cannot classify images of this size, or it gives
+            another number of classes.
 
     Example:
         >>> from labkit.classify.models import create_model
@@ -133,9 +144,20 @@ def evaluate(
         precision if isinstance(precision, Precision) else resolve_precision(precision, target)
     )
     options: dict[str, Any] = {"mean": mean, "std": std, "device": target, "precision": resolved}
-    plain = predict_logits(model, split.images, **options)
-    mirrored = predict_logits(model, split.images, **options, flip=True)
-    averaged = (plain + mirrored) / 2
+    try:
+        plain = predict_logits(model, split.images, **options)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        height, width = split.images.shape[1:3]
+        raise InputError(
+            f"model cannot classify images of {height} x {width} pixels: {as_one_line(error)}; "
+            "give it images of the size that it was trained on"
+        ) from error
+    averaged = None
+    if tta:
+        mirrored = predict_logits(model, split.images, **options, flip=True)
+        averaged = ((plain + mirrored) / 2).softmax(1).numpy()
     return Metrics.from_probabilities(
-        plain.softmax(1).numpy(), split.labels, split.classes, averaged.softmax(1).numpy()
+        plain.softmax(1).numpy(), split.labels, split.classes, averaged
     )

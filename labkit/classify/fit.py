@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from labkit.classify.augment import TrainLoader, Transform, normalise
 from labkit.classify.checkpoint import RunFolder
-from labkit.classify.config import AugmentConfig, TrainConfig
+from labkit.classify.config import PRESETS, AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, ImagesAndLabels, Split, load_data, train_val_split
 from labkit.classify.evaluate import evaluate, predict_logits
 from labkit.classify.metrics import compute_nll
 from labkit.classify.models import create_from_config
 from labkit.classify.optim import create_optimizer
-from labkit.classify.run import Run, collect_facts
+from labkit.classify.run import METRICS, Run, collect_facts
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.trainer import (
     Callback,
@@ -48,6 +48,8 @@ from labkit.runtime import (
 )
 
 logger = logging.getLogger(__name__)
+
+SHORT_RUN = 0.25  # share of the epochs of a preset below which its mixing costs accuracy
 
 OptimizerSource = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -91,7 +93,9 @@ def fit(
         data: images already loaded, instead of `train` and `test`.
         out: folder for `config.json`, `history.jsonl`, `metrics.json`, `report.html`,
             `model.safetensors` and `checkpoints/`; None keeps nothing on disk.
-        resume: go on from the newest checkpoint in `out`, if there is one.
+        resume: go on from the newest checkpoint in `out`, if there is one. A finished run with
+            fewer epochs than `config` goes on too: from where it stands it follows the schedule
+            of a run of `config.epochs` epochs, and the log says where on it that is.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         save_every: seconds between checkpoints; one is also written at an interrupt and at the end.
         mirror: a second folder, on a drive that outlives this machine, that follows `out` and
@@ -121,8 +125,12 @@ def fit(
     if world.size > 1 and target.type == "cuda":
         target = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(target)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
     precision = resolve_precision(config.precision, target)
     data = _choose_data(config, train, test, data)
+    if world.is_main_process:
+        _advise_on_mixing(config)
     config = _record_own_things(config, data, model, transform, optimizer)
     _check_size(config, data)
     folder = RunFolder(
@@ -144,13 +152,17 @@ def fit(
             model=model,
             transform=transform,
             optimizer=optimizer,
+            pretrained=saved is None,
         )
         if saved is not None:
             state.restore(saved)
-            if not world.is_main_process:  # the sums that were saved are those of the main process
-                state.sums.zero_()
-        folder.save_config()
-        _train(trainer, state, folder, validation, callbacks, save_every)
+        # While a finished run is given more epochs, its folder describes what is finished.
+        if folder.folder is None or not (folder.folder / METRICS).exists():
+            folder.save_config()
+        try:
+            _train(trainer, state, folder, validation, callbacks, save_every)
+        finally:
+            folder.finish_mirror()
         _use_best(state)
         metrics = evaluate(
             state.model,
@@ -160,9 +172,7 @@ def fit(
             precision=precision,
             device=str(target),
         )
-    facts = collect_facts(
-        config, data, state.model, state.history, state.seconds, target, precision
-    )
+    facts = collect_facts(config, data, state, target, precision)
     run = Run(
         config=config,
         model=state.model,
@@ -173,9 +183,24 @@ def fit(
         folder=folder.folder,
     )
     if world.is_main_process:
+        folder.save_config()
         run.save()
-        folder.update_mirror()
+        folder.finish_mirror()
     return run
+
+
+def _advise_on_mixing(config: TrainConfig) -> None:
+    """Say so where the augmentation of a preset is too strong for so few epochs."""
+    preset = PRESETS.get(config.preset)
+    is_mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
+    if preset is not None and is_mixed and config.epochs < SHORT_RUN * preset.epochs:
+        logger.warning(
+            "%s mixes images, which pays in long runs and costs accuracy in short ones: it was "
+            "made for %d epochs and gets %d. Weaker: --set augment.cutmix=0 --set augment.mixup=0",
+            config.preset,
+            preset.epochs,
+            config.epochs,
+        )
 
 
 def _choose_data(
@@ -243,12 +268,13 @@ def prepare(
     model: nn.Module | None = None,
     transform: Transform | None = None,
     optimizer: OptimizerSource | None = None,
+    pretrained: bool = True,
 ) -> tuple[Trainer, TrainState]:
     """The trainer and the state at step 0; without things of your own a function of the seed."""
     loader = TrainLoader(train, config, device, transform)
     own_model = model is not None
     if model is None:
-        model = create_from_config(config, len(train.classes))
+        model = create_from_config(config, len(train.classes), pretrained=pretrained)
     if isinstance(model, SpeedNet):
         first = torch.from_numpy(train.images[:5000]).permute(0, 3, 1, 2)
         model.fit_whitening(normalise(first, config.mean, config.std))
@@ -313,6 +339,24 @@ def _resolve_optimizer(
     return optimizer
 
 
+class _SumOverProcesses(Callback):
+    """Makes `state.sums` the sums over all processes after every step.
+
+    Each process then saves, shows and resumes the same statistics of an epoch. On GPUs no process
+    waits for it: three numbers join the gradients on their way.
+    """
+
+    def on_train_begin(self, state: TrainState) -> None:
+        self._total = state.sums.clone()
+
+    def on_step_end(self, state: TrainState) -> None:
+        if state.step == 1:  # the epoch before was closed
+            self._total.zero_()
+        own = state.sums - self._total
+        torch.distributed.all_reduce(own)
+        state.sums.copy_(self._total.add_(own))
+
+
 class _CheckpointTimer(Callback):
     """Saves the state when it is time, and when the user interrupts, which it then passes on."""
 
@@ -344,7 +388,8 @@ def _train(
         folder.save_state(state.to_dict(), state.epoch * trainer.steps_per_epoch + state.step)
 
     with defer_interrupt() as interrupt:
-        hooks = [ProgressBar(trainer), _CheckpointTimer(save, save_every, interrupt)]
+        hooks: list[Callback] = [_SumOverProcesses()] if trainer.world.size > 1 else []
+        hooks += [ProgressBar(trainer), _CheckpointTimer(save, save_every, interrupt)]
         hooks += callbacks if trainer.world.is_main_process else ()
         for hook in hooks:
             hook.on_train_begin(state)
@@ -373,8 +418,6 @@ def _use_best(state: TrainState) -> None:
 
 def _close_epoch(trainer: Trainer, state: TrainState, validation: Split | None) -> None:
     """Turn the sums of an epoch into a row of the history, and begin the next epoch."""
-    if trainer.world.size > 1:
-        torch.distributed.all_reduce(state.sums)
     loss, correct, seen = state.sums.tolist()
     check_health(loss, state.scaler, state.epoch)
     seconds = state.seconds - sum(row["seconds"] for row in state.history)

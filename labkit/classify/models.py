@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from labkit.classify.config import CIFAR10_MEAN, CIFAR10_STD, TrainConfig
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.vit import AttentionRecord, VisionTransformer, use_eval_mode
-from labkit.runtime import InputError, SourceError, find_root_cause
+from labkit.runtime import InputError, SourceError, as_one_line, find_root_cause
 
 _FINETUNE_BACKBONE = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
@@ -68,7 +68,12 @@ def create_model(
         known = [key for key in inspect.signature(create).parameters if key not in sizes]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"model {name!r} has no option {unknown}; it has {', '.join(known)}")
-    return create(num_classes=num_classes, image_size=image_size, **options)
+    try:
+        return create(num_classes=num_classes, image_size=image_size, **options)
+    except TypeError as error:
+        raise InputError(
+            f"model {name!r} cannot be built with {options}: {as_one_line(error)}"
+        ) from error
 
 
 def create_from_config(

@@ -43,20 +43,40 @@ def lr_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     if config.schedule_per == "epoch":
         step = step // steps_per_epoch * steps_per_epoch
     total = steps_per_epoch * config.epochs
-    warmup = config.warmup_epochs / config.epochs
     # A warm-up from exactly 0 would waste the first step.
-    offset = 1 if config.schedule_per == "step" and warmup else 0
-    return lr_factor(min((step + offset) / total, 1.0), warmup, config.schedule)
+    offset = 1 if config.schedule_per == "step" and config.warmup else 0
+    return lr_factor(min((step + offset) / total, 1.0), config.warmup, config.schedule)
+
+
+EMBEDDINGS = ("patch_embed", "stem", "conv_stem", "conv1", "whitening", "embed")
+CLASSIFIERS = ("head", "fc", "classifier", "token_score")
+"""What networks call the layers that see pixels first, and those that decide last."""
 
 
 def find_hidden_matrices(model: nn.Module) -> set[int]:
     """Identities of the weights that Muon may orthogonalise.
 
-    All weights of linear and convolutional layers but the first (the embedding) and the last
-    (the classifier), as Jordan's "Muon: An optimizer for hidden layers" (2024) prescribes.
+    These are the weights of linear and convolutional layers but those of the embedding and of the
+    classifier, as Jordan's "Muon: An optimizer for hidden layers" (2024) prescribes. Both are known
+    by the names of the modules of `model` that hold them, at its top or in its `backbone`. Where
+    no module bears such a name, they are the first and the last layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> find_hidden_matrices(model) == {id(model[1].weight)}
+        True
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return {id(layer.weight) for layer in layers[1:-1]}
+    layers = [
+        (name.removeprefix("backbone.").partition(".")[0], module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    tops = {top for top, _ in layers}
+    if not tops & set(EMBEDDINGS):
+        layers = layers[1:]
+    if not tops & set(CLASSIFIERS):
+        layers = layers[:-1]
+    return {id(weight) for top, weight in layers if top not in EMBEDDINGS + CLASSIFIERS}
 
 
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from labkit.classify.evaluate import evaluate, match_training, predict_logits
 from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.sources import crop_square
+from labkit.classify.trainer import TrainState
 from labkit.classify.vit import compute_attention_rollout, has_attention
 from labkit.files import describe_unreadable, open_atomic, write_json, write_json_lines
 from labkit.images import ImageSource, load_image
@@ -49,7 +50,57 @@ T = TypeVar("T")
 
 MISTAKES = 18
 ATTENDED = 8
+TIMED = "steps, loading, augmentation and callbacks; not validation, checkpoints or start-up"
+GPU_MEMORY = "of tensors on the GPU, since this run was started or resumed"
+PROCESS_MEMORY = "of the whole process with its libraries and data, since it was started"
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained network that names what images show; it needs no data.
+
+    Attributes:
+        config: the recipe that it was trained by.
+        model: the network, in evaluation mode.
+        classes: class names in the order of its logits.
+        note: what every figure must say on its face; empty for a network trained on real data.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    classes: Sequence[str]
+    note: str = ""
+
+    def predict(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.str_]:
+        """The most probable class of each image: (N,) names; see `Run.predict`."""
+        names: NDArray[np.str_] = np.array(self.classes)[self.predict_proba(images).argmax(1)]
+        return names
+
+    def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        """The probability of each class: (N, C) float32; see `Run.predict`."""
+        squares = self.load_squares(images)
+        if not len(squares):
+            return np.zeros((0, len(self.classes)), np.float32)
+        device = next(self.model.parameters()).device
+        logits = predict_logits(
+            self.model,
+            squares,
+            mean=self.config.mean,
+            std=self.config.std,
+            device=device,
+            precision=_resolve_for(self.config, device),
+        )
+        probabilities: NDArray[np.float32] = logits.softmax(1).numpy()
+        return probabilities
+
+    def load_squares(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.uint8]:
+        """What the network sees of each image: (N, image_size, image_size, 3) uint8."""
+        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        sources: Any = images if is_batch else [images]
+        size = self.config.image_size
+        squares = [crop_square(load_image(source), size) for source in sources]
+        return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,34 +152,18 @@ class Run:
             InputError: an image cannot be used.
             SourceError: an image could not be read or fetched.
         """
-        classes = np.array(self.data.classes)
-        names: NDArray[np.str_] = classes[self.predict_proba(images).argmax(1)]
-        return names
+        return self.classifier.predict(images)
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """The probability of each class: (N, C) float32; see `predict` for `images`."""
-        squares = self._load_squares(images)
-        if not len(squares):
-            return np.zeros((0, len(self.data.classes)), np.float32)
-        device = next(self.model.parameters()).device
-        logits = predict_logits(
-            self.model,
-            squares,
-            mean=self.config.mean,
-            std=self.config.std,
-            device=device,
-            precision=_resolve_for(self.config, device),
-        )
-        probabilities: NDArray[np.float32] = logits.softmax(1).numpy()
-        return probabilities
+        return self.classifier.predict_proba(images)
 
-    def _load_squares(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.uint8]:
-        """(N, image_size, image_size, 3) of one image or of several."""
-        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-        sources: Any = images if is_batch else [images]
-        size = self.config.image_size
-        squares = [crop_square(load_image(source), size) for source in sources]
-        return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+    @property
+    def classifier(self) -> Classifier:
+        """The network with what it needs to name images, without the data."""
+        return Classifier(
+            config=self.config, model=self.model, classes=self.data.classes, note=self.note
+        )
 
     def learning_curves(self) -> Figure:
         """Loss, accuracy and learning rate by epoch."""
@@ -168,7 +203,8 @@ class Run:
         Raises:
             InputError: the model has no attention (see `has_attention`).
         """
-        pixels = self._load_squares(self.data.test.images[:ATTENDED] if images is None else images)
+        shown = self.data.test.images[:ATTENDED] if images is None else images
+        pixels = self.classifier.load_squares(shown)
         device = next(self.model.parameters()).device
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
         normalised = normalise(batch, self.config.mean, self.config.std)
@@ -281,18 +317,19 @@ def _resolve_for(config: TrainConfig, device: torch.device) -> Precision:
 def collect_facts(
     config: TrainConfig,
     data: ImageData,
-    model: nn.Module,
-    history: Sequence[Mapping[str, float]],
-    train_seconds: float,
+    state: TrainState,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, Any]:
     """What `metrics.json` says of how a result was reached.
 
-    `epochs` are also the true passes: every epoch shows each training image once.
+    `epochs` are also the true passes: every epoch shows each training image once. `chosen_epoch`
+    is the one whose weights count: of the best validation accuracy, or the last. Of time and of
+    memory it says what they include.
     """
     training_images = len(data.train) - config.val_size
     remarks = {"data_remarks": list(data.remarks)} if data.remarks else {}
+    on_gpu = device.type == "cuda"
     return {
         "preset": config.preset,
         "data": data.source,
@@ -302,12 +339,15 @@ def collect_facts(
         "seed": config.seed,
         "epochs": config.epochs,
         "passes": config.epochs,
+        "chosen_epoch": state.best.get("epoch", config.epochs),
         "training_images": training_images,
-        "train_accuracy": history[-1]["train_accuracy"],
-        "train_seconds": train_seconds,
-        "images_per_second": training_images * len(history) / train_seconds,
+        "train_accuracy": state.history[-1]["train_accuracy"],
+        "train_seconds": state.seconds,
+        "train_seconds_include": TIMED,
+        "images_per_second": training_images * len(state.history) / state.seconds,
         "peak_memory_gib": measure_peak_memory(device),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_is": GPU_MEMORY if on_gpu else PROCESS_MEMORY,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
         "device": describe_device(device),
         "precision": precision.name,
         "versions": get_versions(),
@@ -362,20 +402,8 @@ def load_run(
             or `model`, or `data` has other classes or images of another size.
         SourceError: the data it was trained on could not be had.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    names = (CONFIG, HISTORY, METRICS, WEIGHTS)
-    missing = [name for name in names if not os.path.exists(folder / name)]  # false for any name
-    if missing:
-        raise InputError(
-            f"{folder} holds no finished run ({', '.join(missing)} missing); "
-            "train one with: labkit train --out FOLDER"
-        )
-    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
-    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
-    history = _read(folder / HISTORY, _parse_lines)
+    config, saved = _load_description(folder)
     if data is None and config.data == "custom":
         raise InputError(
             f"{folder} was trained on data of your own: "
@@ -405,15 +433,8 @@ def load_run(
         saved["evaluated_on"] = images.name
         saved["evaluated_on_fingerprint"] = images.fingerprint
     target = pick_device(device)
-    if model is None:
-        model = create_from_config(config, len(images.classes), pretrained=False)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except SafetensorError as error:
-        raise _describe_damage(folder / WEIGHTS, error) from error
-    except RuntimeError as error:
-        raise InputError(f"the weights in {folder} do not fit the model: {error}") from error
-    model.eval()
+    model = _load_weights(folder, config, len(images.classes), model)
+    history = _read(folder / HISTORY, _parse_lines)
     metrics = evaluate(
         model,
         images.test,
@@ -426,8 +447,65 @@ def load_run(
         config=config,
         model=model,
         data=images,
-        history=history,
+        history=history[: config.epochs],  # the file has more, while the run gets more epochs
         metrics=metrics,
         facts={key: value for key, value in saved.items() if key not in metrics.to_json()},
         folder=folder,
     )
+
+
+def load_classifier(folder: Path | str, *, device: str = "auto") -> Classifier:
+    """The network of the finished run in `folder`, to name images with; its data are not needed.
+
+    Args:
+        folder: what `out` was in `labkit.fit`.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+
+    Raises:
+        InputError: there is no finished run in `folder`, or its network is one of your own, which
+            `load_run` takes.
+    """
+    folder = Path(folder)
+    target = pick_device(device)
+    config, saved = _load_description(folder)
+    if config.model == "custom":
+        raise InputError(
+            f"{folder} was trained with a network of your own: use labkit.load_run with model="
+        )
+    model = _load_weights(folder, config, len(saved["classes"]), None).to(target)
+    note = "demo: trained on procedural scenes" if saved.get("data") == "scenes" else ""
+    return Classifier(config=config, model=model, classes=saved["classes"], note=note)
+
+
+def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration, and the content of `metrics.json`, of a finished run."""
+    names = (CONFIG, HISTORY, METRICS, WEIGHTS)
+    missing = [name for name in names if not os.path.exists(folder / name)]  # false for any name
+    if missing:
+        raise InputError(
+            f"{folder} holds no finished run ({', '.join(missing)} missing); "
+            "train one with: labkit train --out FOLDER"
+        )
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
+    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
+    return config, saved
+
+
+def _load_weights(
+    folder: Path, config: TrainConfig, num_classes: int, model: nn.Module | None
+) -> nn.Module:
+    """The network of a run, or `model`, with the weights in `folder`, in evaluation mode."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if model is None:
+        model = create_from_config(config, num_classes, pretrained=False)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise _describe_damage(folder / WEIGHTS, error) from error
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights in {folder} do not fit the model: {as_one_line(error)}"
+        ) from error
+    return model.eval()

@@ -36,10 +36,12 @@ class TrainState:
         optimizer: updates the parameters of `model`.
         scaler: scales the loss where the precision is fp16.
         ema: the averaged weights; None where there are none.
-        sums: (3,) float: loss, correct predictions and images seen so far in `epoch`.
+        sums: (3,) float: loss, correct predictions and images seen so far in `epoch`, by all
+            processes together once a step has ended.
         epoch: number of finished epochs.
         step: number of steps taken in the epoch that goes on.
-        seconds: time of training so far.
+        seconds: time of training so far: steps with their images and augmentation, and callbacks;
+            without starting up, compiling ahead, validation and writing checkpoints.
         history: one row an epoch, the newest last.
         best: the weights of the best validation accuracy so far, where there is a split for it.
     """

@@ -51,7 +51,7 @@ def tiny_config() -> TrainConfig:
         batch_size=32,
         learning_rate=3e-3,
         schedule="one-cycle",
-        warmup_epochs=1,
+        warmup=1 / 3,
         clip_norm=1.0,
         ema_decay=0.9,
         augment=AugmentConfig(

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from labkit.classify.checkpoint import CHECKPOINTS, RunFolder
 from labkit.classify.config import TrainConfig
+from labkit.files import compute_checksum
 from labkit.runtime import InputError, SourceError
 
 STATE = {
@@ -160,8 +162,79 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     folder.save_history([{"epoch": 1}])
     folder.save_state(STATE, 1)
     folder.update_mirror()
+    folder.finish_mirror()
     assert not list(tmp_path.iterdir())
     run_folder(tmp_path / "a").save_state({"value": 1}, 1)
+    assert folder.load_state() == {"value": 1}
+
+
+def test_the_mirror_is_written_beside_the_training_and_no_file_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[tuple[Path, bool]] = []
+
+    def hash_and_note(path: Path, algorithm: str = "sha256") -> str:
+        hashed.append((path, threading.current_thread() is threading.main_thread()))
+        return compute_checksum(path, algorithm)
+
+    monkeypatch.setattr("labkit.files.compute_checksum", hash_and_note)
+    drive = tmp_path / "drive"
+    folder = RunFolder(tmp_path / "run", TrainConfig(), "images", mirror=drive)
+    folder.save_state({"value": 1}, 1)
+    folder.finish_mirror()
+    first = [path for path, _ in hashed if drive in path.parents]
+    assert sorted(path.name for path in first) == ["checksum.txt", "state.pt"]
+    hashed.clear()
+    folder.save_state({"value": 2}, 2)
+    assert folder._copier is not None
+    folder._copier.join()
+    assert not any(is_main for _, is_main in hashed)
+    later = [path for path, _ in hashed if drive in path.parents]
+    assert {path.parent.name for path in later} == {"step-2"}
+    mirrored = RunFolder(drive, TrainConfig(), "images")
+    assert [path.name for path in mirrored.generations()] == ["step-2", "step-1"]
+    assert mirrored.load_state() == {"value": 2}
+
+
+def test_training_does_not_wait_for_the_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive_answers = threading.Event()
+    copied: list[Path] = []
+
+    def copy_when_it_answers(source: Path, target: Path, **_: object) -> None:
+        drive_answers.wait(60)
+        copied.append(target)
+
+    monkeypatch.setattr("labkit.classify.checkpoint.mirror_folder", copy_when_it_answers)
+    folder = RunFolder(tmp_path / "run", TrainConfig(), "images", mirror=tmp_path / "drive")
+    for step in (1, 2, 3):
+        folder.save_state({"value": step}, step)
+    assert not copied
+    drive_answers.set()
+    folder.finish_mirror()
+    assert len(copied) == 2  # one for all three saves, and the last one
+
+
+def test_a_failing_drive_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "drive").write_text("a file where the folder should be")
+    folder = RunFolder(tmp_path / "run", TrainConfig(), "images", mirror=tmp_path / "drive")
+    for step in (1, 2):
+        folder.save_state({"value": step}, step)
+        folder.finish_mirror()
+    (record,) = caplog.records
+    assert "could not be copied" in record.getMessage() and "drive" in record.getMessage()
+    assert folder.load_state() == {"value": 2}
+
+
+def test_a_configuration_saved_with_a_warm_up_in_epochs_resumes(tmp_path: Path) -> None:
+    config = TrainConfig(epochs=80, warmup=0.2)
+    folder = RunFolder(tmp_path, config, "images")
+    old = {**config.to_json(), "warmup_epochs": 16}
+    del old["warmup"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainConfig, "to_json", lambda self: old)
+        folder.save_state({"value": 1}, 1)
     assert folder.load_state() == {"value": 1}
 
 

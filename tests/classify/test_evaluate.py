@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from labkit.classify import evaluate as evaluate_module
 from labkit.classify.data import ImageData, Split
 from labkit.classify.evaluate import evaluate, predict_logits
+from labkit.classify.models import create_model
 from labkit.runtime import InputError, Precision
 
 FP32 = Precision(autocast_dtype=None, scale_loss=False)
@@ -47,6 +48,15 @@ def test_metrics_are_those_of_the_plain_and_of_the_averaged_view(squares: ImageD
     assert metrics.accuracy == np.mean(plain.argmax(1) == labels)
     assert metrics.accuracy_tta == np.mean((plain + mirrored).argmax(1) == labels)
     assert metrics.classes == squares.classes
+
+
+def test_without_tta_each_image_is_seen_once(squares: ImageData) -> None:
+    twice, once = Brightness(), Brightness()
+    both = evaluate(twice, squares.test, device="cpu")
+    plain = evaluate(once, squares.test, device="cpu", tta=False)
+    assert (len(twice.seen), len(once.seen)) == (2, 1)
+    assert plain.accuracy == both.accuracy
+    assert plain.accuracy_tta is None and plain.accuracy_tta_interval is None
 
 
 def test_batch_size_changes_nothing_and_modes_are_left_as_found(squares: ImageData) -> None:
@@ -99,3 +109,10 @@ def test_a_model_of_another_number_of_classes_is_refused(squares: ImageData) -> 
     split = Split(squares.test.images, squares.test.labels, tuple("abcd"))
     with pytest.raises(InputError, match="4 class names for 3 probabilities"):
         evaluate(Brightness(), split, device="cpu")
+
+
+def test_images_of_another_size_than_the_model_takes_are_one_clear_error() -> None:
+    model = create_model("vit", num_classes=2, embed_dim=16, depth=1, num_heads=2)
+    split = Split(np.zeros((4, 48, 48, 3), np.uint8), np.array([0, 1, 0, 1]))
+    with pytest.raises(InputError, match=r"cannot classify images of 48 x 48 pixels: .*trained on"):
+        evaluate(model, split, device="cpu")

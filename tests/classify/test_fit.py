@@ -27,6 +27,7 @@ from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, Split, train_val_split
 from labkit.classify.evaluate import evaluate
 from labkit.classify.fit import fit
+from labkit.classify.optim import lr_at
 from labkit.classify.run import Run, load_run
 from labkit.classify.trainer import (
     Callback,
@@ -257,6 +258,50 @@ def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> N
         assert first["train_loss"] == pytest.approx(second["train_loss"], abs=1e-4)
 
 
+INTERRUPTED = """
+    import sys
+    from labkit.classify.trainer import Trainer
+
+    step = Trainer.step
+
+    def interrupted_step(self, state, indices):
+        if state.epoch == 1 and state.step == 2:
+            sys.exit(3)
+        step(self, state, indices)
+
+    if sys.argv.pop() == "interrupt":
+        Trainer.step = interrupted_step
+"""
+
+
+@pytest.mark.slow
+def test_statistics_of_two_processes_resumed_mid_epoch_are_those_of_a_whole_run(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(INTERRUPTED) + textwrap.dedent(SCRIPT))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+    def train(name: str, how: str) -> int:
+        arguments = [json.dumps(tiny_config.to_json()), str(tmp_path / name), how]
+        command = [*launch, str(script), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True).returncode
+
+    assert train("whole", "finish") == 0
+    assert train("resumed", "interrupt") != 0
+    assert newest_step(tmp_path / "resumed") == 6  # two steps into the second of 4 steps each
+    assert train("resumed", "finish") == 0
+    whole, resumed = (
+        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("whole", "resumed")
+    )
+    assert len(whole) == len(resumed) == 3
+    for first, second in zip(whole, resumed, strict=True):
+        for name in ("train_loss", "train_accuracy"):
+            assert first[name] == pytest.approx(second[name], rel=1e-6)
+
+
 def test_an_interrupt_finishes_the_step_saves_and_stops(
     squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -305,11 +350,141 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
     fit(dataclasses.replace(tiny_config, epochs=1), data=squares, out=tmp_path)
-    with pytest.raises(InputError, match=r"epochs: 1 -> 3"):
-        fit(tiny_config, data=squares, out=tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"clip_norm: 1.0 -> 2.0"):  # also where epochs are added
+        changed = dataclasses.replace(tiny_config, epochs=3, clip_norm=2.0)
+        fit(changed, data=squares, out=tmp_path, resume=True)
     other = dataclasses.replace(squares, fingerprint="other")
     with pytest.raises(InputError, match="images"):
         fit(dataclasses.replace(tiny_config, epochs=1), data=other, out=tmp_path, resume=True)
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the step `number`, counted from 0 in this process, raise KeyboardInterrupt."""
+    steps, step = iter(range(1000)), Trainer.step
+
+    def interrupted_step(self: Trainer, *arguments: Any) -> None:
+        if next(steps) == number:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    patch.setattr(Trainer, "step", interrupted_step)
+
+
+def test_a_finished_run_is_extended_on_the_schedule_of_the_longer_one(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    longer = dataclasses.replace(tiny_config, epochs=5)
+    first = fit(tiny_config, data=squares, out=tmp_path)
+    with caplog.at_level(logging.INFO):
+        run = fit(longer, data=squares, out=tmp_path, resume=True)
+    assert list(run.history[:3]) == list(first.history)
+    # The rate of a row is that of the last of the 4 steps of its epoch.
+    expected = [3e-3 * lr_at(4 * epoch - 1, 4, longer) for epoch in (4, 5)]
+    assert [row["learning_rate"] for row in run.history[3:]] == pytest.approx(expected)
+    factor = lr_at(3 * 4, 4, longer)
+    (line,) = [r.getMessage() for r in caplog.records if "goes on to 5" in r.getMessage()]
+    assert "finished run of 3 epochs" in line and "schedule of a run of 5 epochs" in line
+    told = float(line.split("goes on at ")[1].split(" of its peak")[0])
+    assert told == pytest.approx(factor, abs=0.15)
+    assert run.facts["epochs"] == run.facts["chosen_epoch"] == 5
+    assert load_run(tmp_path, data=squares).config.epochs == 5
+
+
+def test_an_extension_that_stops_leaves_what_was_finished_and_resumes_bit_for_bit(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = dataclasses.replace(tiny_config, epochs=5)
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished = fit(tiny_config, data=squares, out=one)
+    shutil.copytree(one, two)
+    whole = fit(longer, data=squares, out=one, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 6)  # in the fifth epoch
+        fit(longer, data=squares, out=two, resume=True, save_every=0)
+    kept = load_run(two, data=squares)
+    assert kept.config == tiny_config and list(kept.history) == list(finished.history)
+    assert_same_weights(kept.model, finished.model)
+    with pytest.raises(InputError, match=r"epochs: 5 -> 3"):
+        fit(tiny_config, data=squares, out=two, resume=True)
+    with pytest.raises(InputError, match=r"epochs: 5 -> 6"):  # it is not finished
+        fit(dataclasses.replace(longer, epochs=6), data=squares, out=two, resume=True)
+    resumed = fit(longer, data=squares, out=two, resume=True)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_the_epoch_that_counts_is_recorded(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, val_size=30, epochs=4)
+    run = fit(config, data=squares, out=tmp_path)
+    accuracies = [row["validation_accuracy"] for row in run.history]
+    best = 1 + accuracies.index(max(accuracies))
+    assert json.loads((tmp_path / "metrics.json").read_text())["chosen_epoch"] == best
+    assert "Chosen epoch" in (tmp_path / "report.html").read_text()
+
+
+def test_seconds_and_memory_say_what_they_include(
+    squares: ImageData, tiny_config: TrainConfig
+) -> None:
+    facts = fit(dataclasses.replace(tiny_config, epochs=1), data=squares, device="cpu").facts
+    assert "not validation" in facts["train_seconds_include"]
+    assert "whole process" in facts["peak_memory_is"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_peak_memory_begins_with_the_run(squares: ImageData, tiny_config: TrainConfig) -> None:
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    run = fit(dataclasses.replace(tiny_config, epochs=1), data=squares, device="cuda")
+    assert run.facts["peak_memory_gib"] < 0.5
+
+
+def test_neither_resuming_nor_loading_asks_for_pretrained_weights(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    asked: list[bool] = []
+    create = timm.create_model
+
+    def create_offline(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+        asked.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_offline)
+    options = {"backbone": "test_vit", "img_size": 32}
+    config = dataclasses.replace(
+        tiny_config, model="vit-finetune", model_options=options, epochs=1, ema_decay=0.0
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 2)
+        fit(config, data=squares, out=tmp_path, save_every=0)
+    assert asked == [True]
+    run = fit(config, data=squares, out=tmp_path, resume=True)
+    loaded = load_run(tmp_path, data=squares)
+    assert asked == [True, False, False]
+    assert_same_weights(run.model, loaded.model)
+
+
+@pytest.mark.parametrize(("epochs", "warns"), [(2, True), (3, False)])
+def test_a_preset_that_mixes_images_warns_of_a_short_run(
+    epochs: int,
+    warns: bool,
+    squares: ImageData,
+    tiny_config: TrainConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preset = dataclasses.replace(tiny_config, epochs=12)
+    monkeypatch.setattr("labkit.classify.fit.PRESETS", {"tiny": preset})
+    fit(dataclasses.replace(preset, epochs=epochs), data=squares)
+    hints = [r.getMessage() for r in caplog.records if "mixes images" in r.getMessage()]
+    assert len(hints) == warns
+    assert not warns or "made for 12 epochs and gets 2" in hints[0]
+    caplog.clear()
+    plain = dataclasses.replace(preset, epochs=2, augment=AugmentConfig(flip="random"))
+    fit(plain, data=squares)
+    assert "mixes images" not in caplog.text
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
@@ -543,7 +718,7 @@ def own_transform(image: Image.Image) -> torch.Tensor:
     return (pixels + 0.02 * torch.rand(3, 1, 1)).clamp(0, 1)
 
 
-OWN = TrainConfig(epochs=4, batch_size=32, schedule="one-cycle", warmup_epochs=1, seed=5)
+OWN = TrainConfig(epochs=4, batch_size=32, schedule="one-cycle", warmup=0.25, seed=5)
 
 
 def fit_own(squares: ImageData, **options: Any) -> Run:

@@ -196,3 +196,12 @@ def test_own_names_are_listed_first_and_timms_on_request() -> None:
     names = list_models(timm=True)
     assert names[: len(own_names)] == own_names and "vit_small_patch16_224" in names
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vit", {"depth": "six"}), ("vit", {"depth": 2.5}), ("speed", {"widths": 5})],
+)
+def test_an_option_of_another_type_is_named(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"model '{name}' cannot be built with .*{min(options)}"):
+        create_model(name, **options)

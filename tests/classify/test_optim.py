@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.classify.config import TrainConfig
+from labkit.classify.config import PRESETS, TrainConfig, get_preset
 from labkit.classify.models import create_model
 from labkit.classify.optim import create_optimizer, find_hidden_matrices, lr_at, lr_factor, set_lr
 
@@ -60,6 +60,53 @@ def test_a_schedule_rises_to_its_peak_and_falls_towards_zero(schedule: str) -> N
     assert 0 <= factors[100] < 1e-4
 
 
+RATES = {
+    "seed-resnet18": (1.0, 0.9938441702975689, 0.9045084971874737, 0.5, 0.001541333133436018),
+    "resnet18": (0.201, 0.401, 0.9996875, 0.62468750, 0.0),
+    "vit-classic": (0.004, 0.9983656644430494, 0.9225089144814889, 0.5199719923551266, 0.0),
+    "vit": (0.04000236870310806, 0.5215079619932221, 0.9697867088470489, 0.5866538555606289, 4e-6),
+    "vit-finetune": (0.04, 0.52, 0.9674128381980072, 0.5799405938459175, 0.0),
+    "speed": (0.21, 0.41, 0.996875, 0.621875, 0.0),
+    "demo": (0.040236851024448836, 0.09937279357894548, 0.68259420171774, 0.8479570064705642, 4e-6),
+}
+"""Factors at the start, at 5, 20 and 50 % and at the last step, with 50 steps an epoch.
+
+They were computed when the warm-up of the presets was a number of epochs.
+"""
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_preset_at_its_own_epochs_keeps_the_schedule_that_it_always_had(name: str) -> None:
+    config = PRESETS[name]
+    total = 50 * config.epochs
+    steps = (0, total // 20, total // 5, total // 2, total - 1)
+    factors = [lr_at(step, 50, config) for step in steps]
+    assert factors == pytest.approx(RATES[name], rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_fewer_epochs_keep_the_shape_of_the_schedule(name: str, share: float) -> None:
+    long = PRESETS[name]
+    epochs = max(1, round(share * long.epochs))
+    short, per_epoch = get_preset(name, epochs=epochs), 1000
+    for part in (0.05, 0.1, 0.25, 0.5, 0.75):
+        if long.schedule_per == "epoch":  # constant within an epoch, of which few are left
+            part = int(part * epochs) / epochs
+        factors = [
+            lr_at(int(part * per_epoch * config.epochs), per_epoch, config)
+            for config in (short, long)
+        ]
+        assert factors[0] == pytest.approx(factors[1], abs=0.01)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_schedule_of_one_epoch(name: str) -> None:
+    config = get_preset(name, epochs=1)
+    factors = [lr_at(step, 100, config) for step in range(100)]
+    assert max(factors) == pytest.approx(1.0, abs=0.02) and min(factors) >= 0
+
+
 def test_no_warm_up_begins_at_the_peak() -> None:
     assert lr_at(0, 10, TrainConfig(epochs=3)) == 1.0
 
@@ -108,11 +155,38 @@ def test_muon_orthogonalises_find_hidden_matrices_alone() -> None:
     torch.testing.assert_close(adam_step, torch.full_like(adam_step, 0.02))
 
 
-def test_muon_spares_the_embedding_head_and_tables_of_the_vit() -> None:
-    model = create_model("vit", embed_dim=16, depth=2, num_heads=2, relative_bias=True)
+def name_hidden_matrices(model: nn.Module) -> set[str]:
     matrices = find_hidden_matrices(model)
-    names = {name for name, p in model.named_parameters() if id(p) in matrices}
-    assert len(names) == 8 and all(name.startswith("blocks.") for name in names)
-    assert all(
-        name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")) for name in names
-    )
+    return {name for name, p in model.named_parameters() if id(p) in matrices}
+
+
+VIT_MATRICES = {
+    f"blocks.{layer}.{name}.weight"
+    for layer in range(2)
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+}
+
+
+@pytest.mark.parametrize("preset", ["vit", "vit-classic"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "sequence"])
+def test_muon_takes_the_matrices_of_the_blocks_of_a_vit_alone(preset: str, pool: str) -> None:
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "pool": pool}
+    model = create_model("vit", **{**PRESETS[preset].model_options, **small})
+    assert name_hidden_matrices(model) == VIT_MATRICES
+
+
+def test_muon_takes_the_blocks_of_a_vit_of_timm_behind_its_adapter_alone() -> None:
+    options = {"backbone": "vit_tiny_patch16_224", "depth": 2, "img_size": 32}
+    model = create_model("vit-finetune", pretrained=False, **options)
+    assert name_hidden_matrices(model) == {f"backbone.{name}" for name in VIT_MATRICES}
+
+
+def test_muon_takes_the_convolutions_between_the_stem_and_the_head_of_a_resnet18() -> None:
+    names = name_hidden_matrices(create_model("resnet18"))
+    # Two blocks of two convolutions in each of four layers, and three that shorten the detour.
+    assert len(names) == 4 * 2 * 2 + 3 and all(name.startswith("layer") for name in names)
+
+
+def test_muon_takes_the_groups_of_the_speed_network_alone() -> None:
+    names = name_hidden_matrices(create_model("speed"))
+    assert len(names) == 6 and all(name.startswith("groups.") for name in names)

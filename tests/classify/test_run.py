@@ -15,7 +15,7 @@ from PIL import Image
 from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, Split, load_data
 from labkit.classify.fit import fit
-from labkit.classify.run import Run, load_run
+from labkit.classify.run import Run, load_classifier, load_run
 from labkit.runtime import InputError
 
 
@@ -71,6 +71,17 @@ def test_a_photograph_is_cut_as_a_folder_of_images_is(run: Run, image_folder: Pa
     data = load_data(str(image_folder), image_size=16)
     path = image_folder / "train" / "ant" / "0.png"
     np.testing.assert_array_equal(run.predict_proba(path), run.predict_proba(data.train.images[0]))
+
+
+def test_the_network_of_a_run_is_loaded_without_its_data(run: Run, squares: ImageData) -> None:
+    assert run.folder is not None
+    classifier = load_classifier(run.folder, device="cpu")  # its data are nowhere to be found
+    images = squares.test.images[:5]
+    np.testing.assert_allclose(classifier.predict_proba(images), run.predict_proba(images))
+    assert classifier.predict(images).tolist() == run.predict(images).tolist()
+    assert classifier.note == "" and tuple(classifier.classes) == squares.classes
+    with pytest.raises(InputError, match="no finished run"):
+        load_classifier(run.folder / "checkpoints")
 
 
 def test_an_image_that_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
@@ -228,6 +239,22 @@ def test_data_of_other_classes_or_another_size_is_refused(
     ]
     with pytest.raises(InputError, match=r"16 x 16 pixels, .* 32 x 32; load .*image_size=16"):
         load_run(run.folder, data=ImageData.from_splits(*larger))
+
+
+def test_a_run_of_48_pixels_is_evaluated_at_48_pixels(
+    tiny_config: TrainConfig, image_folder: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        tiny_config, data=str(image_folder), image_size=48, epochs=1, batch_size=4
+    )
+    fit(config, out=tmp_path / "run", device="cpu")
+    for data in (None, image_folder):
+        loaded = load_run(tmp_path / "run", data=data, device="cpu")
+        assert loaded.data.test.images.shape == (2, 48, 48, 3)
+    with pytest.raises(InputError, match="image_size must be 32 for 'scenes', got 48"):
+        load_run(tmp_path / "run", data="scenes", device="cpu")
+    with pytest.raises(InputError, match="48 x 48 pixels, but those of animals are 32 x 32"):
+        load_run(tmp_path / "run", data=load_data(str(image_folder)), device="cpu")
 
 
 def test_what_was_left_out_of_a_folder_is_told_by_the_run(
