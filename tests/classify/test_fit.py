@@ -371,13 +371,13 @@ def test_bf16_autocast_trains_on_a_cpu(squares: ImageData, tiny_config: TrainCon
 def test_a_failing_compiler_is_a_warning_and_the_plain_model(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(model: nn.Module) -> nn.Module:
+    def broken(model: nn.Module, **options: Any) -> nn.Module:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     with caplog.at_level(logging.WARNING):
-        assert try_compile(model, 4, torch.device("cpu"), FP32) is model
+        assert try_compile(model, (8, 3, 4, 4), torch.device("cpu"), FP32) is model
     assert "no compiler" in caplog.text
     assert model.training and model[1].weight.grad is None
 
