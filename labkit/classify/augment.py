@@ -53,7 +53,7 @@ def draw_flips(flip: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
 
 def mirror(images: Tensor, mask: Tensor) -> Tensor:
     """Mirror images (B, C, H, W) left-right where `mask` (B,) is true."""
-    return torch.where(mask[:, None, None, None], images.flip(3), images)
+    return torch.where(mask.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def find_inside(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -205,7 +205,7 @@ def find_partners(batch_sizes: Sequence[int]) -> Tensor:
 
 def mixup(images: Tensor, partners: Tensor, weight: Tensor) -> Tensor:
     """Blend `weight` (B,) of each image with the rest of its partner (Zhang 2018, 1710.09412)."""
-    return torch.lerp(partners, images, weight[:, None, None, None])
+    return torch.lerp(partners, images, weight.view(-1, 1, 1, 1))
 
 
 def make_scaling(

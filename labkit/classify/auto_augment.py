@@ -36,8 +36,8 @@ class OperationPlan:
         counts: how many images undergo each operation of `NAMES`.
         magnitudes: (B, 1, 1, 1) float32 in the order of `order`, in the units of
             `make_trivial_space`, with their signs.
-        matrices: (G, 2, 3) float32: for the geometric operations, in the order of `order`, the
-            maps from where a pixel goes to where it comes from, both from the centre of the image.
+        matrices: (G, 2, 3, 1, 1) float32: for the geometric operations, in the order of `order`,
+            the maps from where a pixel goes to where it comes from, both from the centre.
     """
 
     order: Tensor
@@ -166,16 +166,16 @@ def plan_operations(
     order = torch.argsort(groups, stable=True)  # batches stay where they are
     counts = torch.bincount(groups, minlength=len(sizes) * len(NAMES)).view(-1, len(NAMES))
     magnitudes, operations = magnitudes[order], operations[order]
+    if min(height, width) < 3:  # too small for a blur
+        magnitudes = torch.where(operations == NAMES.index("Sharpness"), 0.0, magnitudes)
     is_warped = _IS_GEOMETRIC[operations]
-    matrices = _make_inverse_matrices(
-        operations[is_warped], magnitudes[is_warped], height, width
-    ).to(device)
+    matrices = _make_inverse_matrices(operations[is_warped], magnitudes[is_warped], height, width)
     parts = zip(
         torch.split((order - first).to(device), sizes),
         torch.split((torch.argsort(order) - first).to(device), sizes),
         counts.tolist(),
         torch.split(magnitudes.view(-1, 1, 1, 1).to(device), sizes),
-        torch.split(matrices, counts[:, _IS_GEOMETRIC].sum(1).tolist()),
+        torch.split(matrices[..., None, None].to(device), counts[:, _IS_GEOMETRIC].sum(1).tolist()),
         strict=True,
     )
     return [OperationPlan(*part) for part in parts]
@@ -184,14 +184,19 @@ def plan_operations(
 def apply_operations(images: Tensor, plan: OperationPlan) -> Tensor:
     """Apply to each of `images` (B, 3, H, W) uint8 its own operation; contiguous."""
     batch = images.index_select(0, plan.order).contiguous()
-    if len(plan.matrices):
-        warped = batch.narrow(0, plan.counts[0], len(plan.matrices))  # those after Identity
-        warped.copy_(_warp(warped, plan.matrices))
-    runs = torch.split(batch, plan.counts)
-    magnitudes = torch.split(plan.magnitudes, plan.counts)
-    for name, run, magnitude in zip(NAMES, runs, magnitudes, strict=True):
-        if name in _PHOTOMETRIC and len(run):
-            run.copy_(_PHOTOMETRIC[name](run, magnitude))
+    runs = dict(zip(NAMES, torch.split(batch, plan.counts), strict=True))
+    magnitudes = dict(zip(NAMES, torch.split(plan.magnitudes, plan.counts), strict=True))
+    start = plan.counts[0]  # of the geometric operations, which follow Identity
+    stop = start + len(plan.matrices)
+    if stop > start:
+        batch[start:stop] = _warp(batch[start:stop], plan.matrices)
+    counts = plan.counts[len(_GEOMETRIC) + 1 :][: len(_BLENDED)]
+    start, stop = stop, stop + sum(counts)
+    if stop > start:
+        batch[start:stop] = _blend(batch[start:stop], plan.magnitudes[start:stop], counts)
+    for name, operation in _PHOTOMETRIC.items():
+        if len(runs[name]):
+            runs[name].copy_(operation(runs[name], magnitudes[name]))
     return batch.index_select(0, plan.inverse)
 
 
@@ -269,12 +274,15 @@ def _make_inverse_matrices(
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Fetch each pixel from the one nearest to where its matrix points, black from outside."""
+    """Fetch each pixel from the one nearest to where its matrix points, black from outside.
+
+    Matrices (n, 2, 3, 1, 1) are those of `OperationPlan`.
+    """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
-    entries = matrices[..., None, None]  # (n, 2, 3, 1, 1)
-    source = entries[:, :, 0] * x + (entries[:, :, 1] * y + entries[:, :, 2])  # (n, 2, H, W)
+    factor_x, factor_y, shift = matrices.unbind(2)  # (n, 2, 1, 1) each
+    source = factor_x * x + (factor_y * y + shift)  # (n, 2, H, W)
     column = source[:, 0].add_((width - 1) / 2).round_()
     row = source[:, 1].add_((height - 1) / 2).round_()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -283,9 +291,20 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     return fetched * inside[:, None]
 
 
-def _blend(images: Tensor, degenerate: Tensor, magnitude: Tensor) -> Tensor:
-    """Move away from `degenerate` (magnitude above 0) or towards it, and drop fractions."""
-    mixed = (1 + magnitude) * images - magnitude * degenerate
+def _blend(images: Tensor, magnitudes: Tensor, counts: list[int]) -> Tensor:
+    """Move away from what an operation degrades to (magnitude above 0) or towards it.
+
+    Args:
+        images: (n, 3, H, W) uint8, sorted by operation.
+        magnitudes: (n, 1, 1, 1).
+        counts: how many images undergo each operation of `_BLENDED`.
+    """
+    degraded = torch.empty_like(images, dtype=torch.float32)
+    parts = torch.split(degraded, counts), torch.split(images, counts)
+    for degrade, result, part in zip(_BLENDED.values(), *parts, strict=True):
+        if len(part):
+            degrade(part, result)
+    mixed = (1 + magnitudes) * images - degraded.mul_(magnitudes)
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
@@ -295,26 +314,24 @@ def _convert_to_grey(images: Tensor) -> Tensor:
     return (red + green + blue).trunc()
 
 
-def _adjust_brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    return ((1 + magnitude) * images).clamp_(0, 255).to(torch.uint8)
+def _fill_black(images: Tensor, out: Tensor) -> None:
+    out.zero_()
 
 
-def _adjust_colour(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _convert_to_grey(images), magnitude)
+def _fill_grey(images: Tensor, out: Tensor) -> None:
+    out.copy_(_convert_to_grey(images))
 
 
-def _adjust_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _convert_to_grey(images).mean((1, 2, 3), keepdim=True), magnitude)
+def _fill_mean_grey(images: Tensor, out: Tensor) -> None:
+    out.copy_(_convert_to_grey(images).mean((1, 2, 3), keepdim=True))
 
 
-def _adjust_sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with a 3 x 3 blur of centre weight 5; the border has no blur and stays."""
-    if min(images.shape[2:]) < 3:
-        return images
-    blurred = images.float()
-    inner = blurred[:, :, 1:-1, 1:-1]
-    inner.copy_((avg_pool2d(blurred, 3, 1, divisor_override=1) + 4 * inner).div_(13).round_())
-    return _blend(images, blurred, magnitude)
+def _blur(images: Tensor, out: Tensor) -> None:
+    """A 3 x 3 blur of centre weight 5; the border has none and stays, as does a tiny image."""
+    out.copy_(images)
+    if min(images.shape[2:]) >= 3:
+        inner = out[:, :, 1:-1, 1:-1]
+        inner.copy_((avg_pool2d(out, 3, 1, divisor_override=1) + 4 * inner).div_(13).round_())
 
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -336,8 +353,8 @@ def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
 def _equalize(images: Tensor, _: Tensor) -> Tensor:
     """Flatten each channel's histogram as Pillow does; a channel of too few levels stays."""
     values = images.flatten(2).long()  # (n, 3, H * W)
-    ones = values.new_ones(()).expand_as(values)
-    counts = values.new_zeros((*values.shape[:2], 256)).scatter_add_(2, values, ones)
+    counts = values.new_zeros((*values.shape[:2], 256))
+    counts.scatter_add_(2, values, torch.ones_like(values))
     brightest = counts.gather(2, values.amax(2, keepdim=True))
     step = (values.shape[2] - brightest) // 255
     below = counts.cumsum(2) - counts
@@ -347,19 +364,22 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
 
 
 _GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-_BLENDED = ("Brightness", "Color", "Contrast", "Sharpness")
+_BLENDED: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "Brightness": _fill_black,
+    "Color": _fill_grey,
+    "Contrast": _fill_mean_grey,
+    "Sharpness": _blur,
+}
+"""What writes the float32 pixels, (n, 3, H, W), to which an operation degrades images."""
+
 _PHOTOMETRIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Brightness": _adjust_brightness,
-    "Color": _adjust_colour,
-    "Contrast": _adjust_contrast,
-    "Sharpness": _adjust_sharpness,
     "Posterize": _posterize,
     "Solarize": _solarize,
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
 }
-NAMES = ("Identity", *_GEOMETRIC, *_PHOTOMETRIC)
+NAMES = ("Identity", *_GEOMETRIC, *_BLENDED, *_PHOTOMETRIC)
 """The operations, all equally likely; positions in it are what `plan_operations` takes."""
 
 _IS_GEOMETRIC = torch.tensor([name in _GEOMETRIC for name in NAMES])
-_IS_SIGNED = torch.tensor([name in _GEOMETRIC + _BLENDED for name in NAMES])
+_IS_SIGNED = torch.tensor([name in (*_GEOMETRIC, *_BLENDED) for name in NAMES])
