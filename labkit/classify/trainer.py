@@ -327,8 +327,9 @@ def train_one_epoch(
     order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
     batches = torch.split(order, trainer.batch_sizes)
     shares = [share_batch(batch, trainer.world) for batch in batches[state.step :]]
-    for images, targets in trainer.loader.batches(state.epoch, shares):
-        trainer.step(state, images, targets)
+    for batch in trainer.loader.batches(state.epoch, shares):
+        trainer.step(state, *batch)
+        del batch  # its memory is free for the next one
         clock, before = time.perf_counter(), clock
         state.seconds += clock - before
         for callback in callbacks:

@@ -257,6 +257,40 @@ def test_two_processes_follow_one(tiny_config: TrainConfig, tmp_path: Path) -> N
         assert first["train_loss"] == pytest.approx(second["train_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_train_batch_norm_on_a_last_batch_of_one_image(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data="squares", image_size=16, model="resnet18", epochs=1, batch_size=17, val_size=0
+    )
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))  # trains on 120 images: 6 batches of 17, one of 18
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run(
+        [*launch, str(script), json.dumps(config.to_json()), str(tmp_path / "two")],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+    )
+    assert newest_step(tmp_path / "two") == 7
+    row = json.loads((tmp_path / "two" / "history.jsonl").read_text())
+    assert np.isfinite(row["train_loss"])
+
+
+def test_deterministic_algorithms_are_those_of_the_run_alone(
+    squares: ImageData, tiny_config: TrainConfig
+) -> None:
+    found: list[bool] = []
+
+    class Look(Callback):
+        def on_step_end(self, state: TrainState) -> None:
+            found.append(torch.are_deterministic_algorithms_enabled())
+
+    config = dataclasses.replace(tiny_config, epochs=1, deterministic=True)
+    fit(config, data=squares, callbacks=[Look()], device="cpu")
+    assert all(found) and len(found) == 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_an_interrupt_finishes_the_step_saves_and_stops(
     squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
