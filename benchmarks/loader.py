@@ -66,7 +66,7 @@ def main() -> None:
     def run_labkit() -> int:
         epoch = next(epochs)
         batches = torch.split(permutation(0, epoch, count), BATCH)
-        return sum(len(labkit_loader.batch(epoch, indices)[0]) for indices in batches)
+        return sum(len(labels) for _, labels in labkit_loader.batches(epoch, batches))
 
     def run_torchvision() -> int:
         return sum(len(images) for images, _ in torch_loader)

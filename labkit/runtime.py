@@ -1,7 +1,7 @@
 """The errors of labkit, and what every other module needs to know about the machine.
 
-In this order: device and precision, seeding, interruption, several processes, memory, messages and
-versions.
+In this order: device and precision, seeding and repeatability, interruption, several processes,
+memory, messages and versions.
 """
 
 from __future__ import annotations
@@ -156,6 +156,51 @@ def use_seed(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def use_backends(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
+    """Choose how torch computes on `device` inside the block, and restore all after it.
+
+    On a CPU, two runs of one seed with the same number of threads are equal bit for bit as they
+    are, and nothing is set. On a GPU, products of fp32 numbers use TF32 (10 bits of mantissa) where
+    it can. Without `deterministic`, cuDNN tries out which of its algorithms is the fastest, and
+    sums are added up in any order, so that two runs differ in their last bits.
+
+    Args:
+        device: where the network is.
+        deterministic: two runs of one seed on the same kind of GPU are equal bit for bit, at some
+            cost in speed. An operation that torch has no such algorithm for raises RuntimeError.
+
+    Example:
+        >>> with use_backends(torch.device("cpu"), deterministic=True):
+        ...     torch.are_deterministic_algorithms_enabled()
+        True
+        >>> torch.are_deterministic_algorithms_enabled()
+        False
+    """
+    cudnn, workspace = torch.backends.cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if device.type == "cuda":
+            cudnn.benchmark, cudnn.allow_tf32 = not deterministic, True
+            torch.set_float32_matmul_precision("high")
+        if deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS refuses to work
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before[:2]
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(before[2])
+        if deterministic:
+            torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
+            if workspace is None:
+                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+            else:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
 @dataclass

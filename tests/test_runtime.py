@@ -22,6 +22,7 @@ from labkit.runtime import (
     pick_device,
     resolve_precision,
     run_in_parts,
+    use_backends,
     use_seed,
 )
 
@@ -63,6 +64,41 @@ def test_a_scoped_seed_repeats_and_leaves_every_generator_as_found() -> None:
         assert draw() == first
         raise KeyError
     assert draw() == expected
+
+
+def get_backends() -> tuple[object, ...]:
+    return (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "inside"),
+    [
+        (CPU, False, (False, False, "highest", False, False, None)),
+        (CPU, True, (False, False, "highest", True, False, ":4096:8")),
+        (GPU, False, (True, True, "high", False, False, None)),
+        (GPU, True, (False, True, "high", True, False, ":4096:8")),
+    ],
+)
+def test_backends_are_set_inside_and_left_as_found(
+    device: torch.device,
+    deterministic: bool,
+    inside: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = get_backends()
+    with pytest.raises(KeyError), use_backends(device, deterministic=deterministic):
+        assert get_backends() == inside
+        raise KeyError
+    assert get_backends() == before
 
 
 def test_an_interrupt_is_held_back_until_asked_for() -> None:

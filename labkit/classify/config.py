@@ -111,6 +111,11 @@ class TrainConfig:
         augment: how training images are varied.
         precision: arithmetic of the forward passes (see `labkit.runtime.resolve_precision`).
         compile: use `torch.compile` where this machine can.
+        deterministic: make two runs equal bit for bit on a GPU too, at some cost in speed; on a
+            CPU they are (see `labkit.runtime.use_backends`).
+        sync_batch_norm: with several GPUs, BatchNorm takes mean and variance of the whole batch,
+            as on one GPU, and GPUs wait for each other in each such layer; otherwise each GPU
+            takes those of its share. It makes no difference to a single process.
         val_size: number of training images in the validation split; when there are any, the epoch
             of best validation accuracy counts, otherwise the last one.
         seed: random seed.
@@ -147,6 +152,8 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: PrecisionName = "auto"
     compile: bool = False
+    deterministic: bool = False
+    sync_batch_norm: bool = False
     val_size: int = 0
     seed: int = 0
     mean: tuple[float, float, float] = CIFAR10_MEAN

@@ -31,6 +31,8 @@ from labkit.classify.trainer import (
     Trainer,
     TrainState,
     check_health,
+    cut_batches,
+    share_batch,
     train_one_epoch,
     try_compile,
 )
@@ -44,6 +46,7 @@ from labkit.runtime import (
     defer_interrupt,
     pick_device,
     resolve_precision,
+    use_backends,
     use_seed,
 )
 
@@ -136,7 +139,8 @@ def fit(
     folder = RunFolder(
         out, config, data.fingerprint, mirror=mirror, is_main_process=world.is_main_process
     )
-    with world.join(target), use_seed(config.seed):
+    backends = use_backends(target, deterministic=config.deterministic)
+    with world.join(target), use_seed(config.seed), backends:
         folder.restore_from_mirror()
         world.wait()
         saved = folder.load_state(resume=resume)
@@ -270,7 +274,13 @@ def prepare(
     optimizer: OptimizerSource | None = None,
     pretrained: bool = True,
 ) -> tuple[Trainer, TrainState]:
-    """The trainer and the state at step 0; without things of your own a function of the seed."""
+    """The trainer and the state at step 0; without things of your own a function of the seed.
+
+    Raises:
+        InputError: something of your own does not fit, there are too few images for so many
+            processes, or `sync_batch_norm` without GPUs.
+    """
+    _check_world(config, train, device, world)
     loader = TrainLoader(train, config, device, transform)
     own_model = model is not None
     if model is None:
@@ -293,10 +303,40 @@ def prepare(
         ema=ema,
         sums=torch.zeros(3, device=device),
     )
-    forward = try_compile(model, config.image_size, device, precision) if config.compile else model
+    if config.sync_batch_norm and world.size > 1:
+        synchronise_norms(model)
+    forward = model
+    if config.compile:
+        largest = cut_batches(len(train), config.batch_size, 2 * world.size)[0]
+        own_share = len(share_batch(torch.arange(largest), world))
+        shape = (own_share, 3, *train.images.shape[1:3])
+        forward = try_compile(model, shape, device, precision)
     if world.size > 1:
         forward = DistributedDataParallel(forward)
     return Trainer(config, loader, forward, device, precision, world), state
+
+
+def _check_world(config: TrainConfig, train: Split, device: torch.device, world: World) -> None:
+    if world.size == 1:
+        return
+    for what, count in (("batch_size", config.batch_size), ("training images", len(train))):
+        if count < 2 * world.size:
+            raise InputError(
+                f"{what}: {world.size} processes need at least 2 each, {2 * world.size} in all, "
+                f"got {count}; start fewer processes"
+            )
+    if config.sync_batch_norm and device.type != "cuda":
+        raise InputError("sync_batch_norm needs GPUs; on a CPU set sync_batch_norm=False")
+
+
+def synchronise_norms(model: nn.Module) -> None:
+    """Let each BatchNorm layer inside `model` take its statistics from all processes together.
+
+    Weights, buffers and their names stay. In evaluation mode nothing changes.
+    """
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def _check_logits(

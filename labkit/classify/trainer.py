@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from labkit.classify.augment import TrainLoader
 from labkit.classify.config import TrainConfig
 from labkit.classify.optim import lr_at, set_lr
 from labkit.rng import permutation
-from labkit.runtime import InputError, Precision, TrainingError, World, is_interactive
+from labkit.runtime import (
+    InputError,
+    Precision,
+    TrainingError,
+    World,
+    as_one_line,
+    is_interactive,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,27 +120,38 @@ class Trainer:
     precision: Precision
     world: World
 
+    @functools.cached_property
+    def batch_sizes(self) -> list[int]:
+        """Number of images in each batch of an epoch, over all processes together."""
+        return cut_batches(len(self.loader), self.config.batch_size, 2 * self.world.size)
+
     @property
     def steps_per_epoch(self) -> int:
         """Number of optimiser steps in one epoch."""
-        return math.ceil(len(self.loader) / self.config.batch_size)
+        return len(self.batch_sizes)
 
-    def step(self, state: TrainState, indices: Tensor) -> None:
-        """Take one optimiser step on the images `indices` (B,) of the batch of all processes."""
+    def step(self, state: TrainState, images: Tensor, targets: Tensor) -> None:
+        """Take one optimiser step; a GPU is told what to do, and waited for nowhere.
+
+        (In fp16, timm's Muon waits for its loss scale.)
+
+        Args:
+            state: changes.
+            images: (B, 3, H, W) float32, what this process has of the batch of all processes.
+            targets: (B,) int64 labels, or (B, C) float probabilities.
+        """
         config = self.config
         number = state.epoch * self.steps_per_epoch + state.step
         set_lr(state.optimizer, lr_at(number, self.steps_per_epoch, config))
         # Dropout and its kin become a function of the step, so that no generator needs saving.
         torch.manual_seed(_make_step_seed(config.seed, number, self.world.rank))
-        own_indices = indices[self.world.rank :: self.world.size].to(self.device)
-        images, targets = self.loader.batch(state.epoch, own_indices)
         with self.precision.autocast(self.device):
             logits = self.forward(images)
             loss_sum = F.cross_entropy(
                 logits.float(), targets, reduction="sum", label_smoothing=config.label_smoothing
             )
         # Processes average their gradients: together this is the mean over the whole batch.
-        loss = loss_sum * (self.world.size / len(indices))
+        loss = loss_sum * (self.world.size / self.batch_sizes[state.step])
         torch.autograd.backward(state.scaler.scale(loss))
         if config.clip_norm:
             state.scaler.unscale_(state.optimizer)
@@ -146,8 +165,44 @@ class Trainer:
             labels = targets.argmax(1) if targets.is_floating_point() else targets
             state.sums[0] += loss_sum.detach()
             state.sums[1] += (logits.argmax(1) == labels).sum()
-            state.sums[2] += len(own_indices)
+            state.sums[2] += len(images)
         state.step += 1
+
+
+def cut_batches(count: int, batch_size: int, smallest: int) -> list[int]:
+    """Cut `count` images into batches of `batch_size`; the last one has what is left.
+
+    If fewer than `smallest` are left, the batch before takes them too: BatchNorm needs two images,
+    in each process that trains.
+
+    Returns:
+        The number of images in each batch.
+
+    Example:
+        >>> cut_batches(100, 32, 2), cut_batches(97, 32, 2), cut_batches(5, 32, 2)
+        ([32, 32, 32, 4], [32, 32, 33], [5])
+    """
+    whole, left = divmod(count, batch_size)
+    sizes = [batch_size] * whole
+    if sizes and left < smallest:
+        sizes[-1] += left
+    elif left:
+        sizes.append(left)
+    return sizes
+
+
+def share_batch(indices: Tensor, world: World) -> Tensor:
+    """Pick what this process has of a batch (B,): every so many pairs of neighbours.
+
+    Neighbours, which mixup and CutMix mix, stay together, so that the number of processes does
+    not change who is mixed with whom.
+
+    Example:
+        >>> [share_batch(torch.arange(7), World(rank, size=2)).tolist() for rank in (0, 1)]
+        [[0, 1, 4, 5], [2, 3, 6]]
+    """
+    pairs = torch.arange(len(indices)) // 2
+    return indices[(pairs - world.rank) % world.size == 0]
 
 
 def _make_step_seed(seed: int, step: int, rank: int) -> int:
@@ -235,8 +290,9 @@ class ProgressBar(Callback):
         self._looked = time.monotonic()
 
     def _count_images(self, state: TrainState) -> int:
-        images, batch_size = len(self._trainer.loader), self._trainer.config.batch_size
-        return images * state.epoch + min(state.step * batch_size, images)
+        return len(self._trainer.loader) * state.epoch + sum(
+            self._trainer.batch_sizes[: state.step]
+        )
 
     def on_step_end(self, state: TrainState) -> None:
         """Move the bar, and look at the loss twice a second."""
@@ -268,12 +324,14 @@ def train_one_epoch(
         state: changes with every step.
         callbacks: their `on_step_end` is called after every step; its time counts as training.
     """
-    order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
-    batches = torch.split(order, trainer.config.batch_size)
     trainer.forward.train()
     clock = time.perf_counter()
-    for indices in batches[state.step :]:
-        trainer.step(state, indices)
+    order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
+    batches = torch.split(order, trainer.batch_sizes)
+    shares = [share_batch(batch, trainer.world) for batch in batches[state.step :]]
+    for batch in trainer.loader.batches(state.epoch, shares):
+        trainer.step(state, *batch)
+        del batch  # its memory is free for the next one
         clock, before = time.perf_counter(), clock
         state.seconds += clock - before
         for callback in callbacks:
@@ -301,22 +359,93 @@ def check_health(loss: float, scaler: GradScaler, epoch: int) -> None:
         )
 
 
+class CompiledModel(nn.Module):
+    """A network that is compiled for batches of one shape, and runs as it is for those of another.
+
+    So it is compiled once, whatever the size of the last batch. If what was compiled fails, it
+    goes on as it is, from the batch that failed on, with one warning.
+
+    Args:
+        model: the network; its parameters and buffers are shared.
+        compiled: the same, compiled.
+        shape: (B, 3, H, W) of the batches that it is compiled for.
+    """
+
+    def __init__(self, model: nn.Module, compiled: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self._shape = tuple(shape)
+        # The method, since a module would be registered and show all parameters a second time.
+        self._run_compiled: Callable[[Tensor], Tensor] | None = compiled.__call__
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W)."""
+        if self._run_compiled is not None and tuple(images.shape) == self._shape:
+            restore = _remember(self.model, images.device)
+            try:
+                return self._run_compiled(images)
+            except Exception as error:
+                self._run_compiled = None
+                restore()
+                _warn_uncompiled(error)
+        logits: Tensor = self.model(images)
+        return logits
+
+
 def try_compile(
-    model: nn.Module, image_size: int, device: torch.device, precision: Precision
+    model: nn.Module, shape: Sequence[int], device: torch.device, precision: Precision
 ) -> nn.Module:
-    """`model` compiled, or as it is, with a warning, where this machine cannot compile it."""
+    """Compile `model` as it will be trained, or leave it, with a warning, where that fails.
+
+    What is compiled, and tried out forwards and backwards, is the graph of training: train mode,
+    channels_last, the precision of the run. Weights, buffers and random generators are left as
+    found.
+
+    Args:
+        model: the network, on `device`.
+        shape: (B, 3, H, W) of the batches of this process.
+        device: where the network is.
+        precision: arithmetic of the forward passes.
+
+    Returns:
+        A `CompiledModel`, or `model` itself.
+    """
+    model.train()
+    restore = _remember(model, device)
     try:
-        compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
-        model.eval()
+        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        images = torch.zeros(*shape, device=device).to(memory_format=torch.channels_last)
         with precision.autocast(device):
-            compiled(
-                torch.zeros(2, 3, image_size, image_size, device=device)
-            ).float().sum().backward()
+            logits = compiled(images)
+        logits.float().sum().backward()
     except Exception as error:
-        logger.warning("torch.compile failed here (%s): training goes on without it", error)
-        torch.compiler.reset()
+        _warn_uncompiled(error)
         return model
     finally:
         model.zero_grad(set_to_none=True)
-        model.train()
-    return compiled
+        restore()
+    return CompiledModel(model, compiled, shape)
+
+
+def _warn_uncompiled(error: Exception) -> None:
+    logger.warning(
+        "torch.compile failed here (%s): training goes on without it", as_one_line(error)
+    )
+    torch.compiler.reset()
+
+
+def _remember(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """What puts the buffers of `model` and the random generators back as they are now."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    cpu_state = torch.get_rng_state()
+    gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(cpu_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, device)
+
+    return restore

@@ -12,7 +12,7 @@ from scipy import stats
 from torchvision.transforms.v2 import functional as TF
 
 from labkit.classify import augment
-from labkit.classify.augment import TrainLoader, cutmix, draw_flips, erase_boxes, mirror, mixup
+from labkit.classify.augment import TrainLoader, draw_flips, erase_boxes, mirror, mixup
 from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import Split
 from labkit.runtime import InputError
@@ -78,14 +78,49 @@ def test_reflection_wider_than_the_image_is_an_error() -> None:
 
 
 def test_a_view_depends_on_nothing_but_seed_epoch_and_index() -> None:
-    images = make_loader(EVERYTHING)
+    unmixed = dataclasses.replace(EVERYTHING, mixup=0, cutmix=0)
+    images = make_loader(unmixed)
     whole, targets = images.batch(4, torch.arange(40))
     some = torch.tensor([31, 2, 2, 17])
     part, part_targets = images.batch(4, some)
     assert torch.equal(part, whole[some]) and torch.equal(part_targets, targets[some])
     assert not torch.equal(images.batch(5, some)[0], part)
-    other = TrainLoader(noise(), TrainConfig(augment=EVERYTHING, image_size=12), CPU)
+    other = TrainLoader(noise(), TrainConfig(augment=unmixed, image_size=12), CPU)
     assert not torch.equal(other.batch(4, some)[0], part)
+
+
+def test_neighbours_of_a_batch_are_mixed_as_their_indices_draw() -> None:
+    unmixed = dataclasses.replace(EVERYTHING, mixup=0, cutmix=0)
+    indices = torch.arange(40).flip(0)[:7]
+    mixed, targets = make_loader(EVERYTHING).batch(4, indices)
+    plain, labels = make_loader(unmixed).batch(4, indices)
+    drawn = augment.draw_mix(EVERYTHING, 3, 4, indices, 12, 12)
+    blended = 0
+    for row, partner in enumerate([1, 0, 3, 2, 5, 4, 6]):
+        left, top, right, bottom = drawn["box"][row].tolist()
+        share, expected = float(drawn["share"][row]), plain[row].clone()
+        if drawn["weight"][row] < 1:
+            blended += 1
+            expected = share * plain[row] + (1 - share) * plain[partner]
+            assert left == right and top == bottom
+        expected[:, top:bottom, left:right] = plain[partner][:, top:bottom, left:right]
+        torch.testing.assert_close(mixed[row], expected)
+        wanted = torch.zeros(4)
+        wanted[labels[row]] += share
+        wanted[labels[partner]] += 1 - share
+        torch.testing.assert_close(targets[row], wanted)
+    assert 0 < blended < 7
+
+
+def test_a_batch_does_not_depend_on_those_drawn_with_it() -> None:
+    loader = make_loader(EVERYTHING)
+    batches = torch.arange(40).flip(0).split(9)
+    together = list(loader.batches(2, batches))
+    assert len(together) == 5
+    for indices, (images, targets) in zip(batches, together, strict=True):
+        alone, alone_targets = loader.batch(2, indices)
+        assert torch.equal(images, alone) and torch.equal(targets, alone_targets)
+    assert list(loader.batches(2, [])) == []
 
 
 def test_alternating_flip_shows_each_image_both_ways_in_two_epochs() -> None:
@@ -115,7 +150,7 @@ def test_erased_boxes_are_zero_and_the_rest_is_untouched() -> None:
     images = torch.ones(2, 1, 4, 5)
     top, left = torch.tensor([1, -1]), torch.tensor([2, 3])
     height, width = torch.tensor([2, 3]), torch.tensor([2, 9])
-    erased = erase_boxes(images, top, left, height, width)
+    erased = erase_boxes(images, torch.stack([left, top, left + width, top + height], 1))
     expected = np.ones((2, 1, 4, 5))
     expected[0, 0, 1:3, 2:4] = 0
     expected[1, 0, 0:2, 3:] = 0
@@ -124,7 +159,8 @@ def test_erased_boxes_are_zero_and_the_rest_is_untouched() -> None:
 
 def test_random_erasing_keeps_to_its_probability_and_area() -> None:
     indices = torch.arange(4000)
-    erased = augment.erase_randomly(torch.ones(4000, 1, 32, 32), 0.25, 0, 0, indices)
+    boxes = augment.draw_erased_boxes(0.25, 0, 0, indices, 32, 32)
+    erased = erase_boxes(torch.ones(4000, 1, 32, 32), boxes)
     share = 1 - erased.mean(dim=(1, 2, 3))
     hit = share > 0
     assert abs(hit.double().mean() - 0.25) < 0.03
@@ -132,7 +168,8 @@ def test_random_erasing_keeps_to_its_probability_and_area() -> None:
 
 
 def test_cutout_blanks_a_square_around_a_pixel_of_the_image() -> None:
-    blanked = augment.cut_out(torch.ones(500, 1, 16, 16), 6, 0, 0, torch.arange(500)) == 0
+    boxes = augment.draw_cutout_boxes(6, 0, 0, torch.arange(500), 16, 16)
+    blanked = erase_boxes(torch.ones(500, 1, 16, 16), boxes) == 0
     counts = blanked.sum(dim=(1, 2, 3))
     assert counts.max() == 36 and counts.min() >= 9
 
@@ -147,7 +184,8 @@ def test_mixup_of_extreme_weights_is_one_of_the_images() -> None:
 def test_cutmix_reports_the_area_it_really_kept() -> None:
     own, other = torch.zeros(300, 1, 20, 20), torch.ones(300, 1, 20, 20)
     draws = torch.rand(3, 300, generator=torch.Generator().manual_seed(0))
-    mixed, share = cutmix(own, other, *draws)
+    boxes, share = augment.place_boxes(*draws, 20, 20)
+    mixed = augment.paste_boxes(own, other, boxes)
     torch.testing.assert_close(1 - mixed.mean(dim=(1, 2, 3)), share)
 
 

@@ -89,11 +89,11 @@ def test_each_operation_equals_torchvisions(
     values = magnitudes.reshape(-1).float()
     values = torch.cat([values, -values]) if signed else values
     for image in varied_images(height, width):
-        augmented = auto_augment.apply_operations(
-            image.expand(len(values), -1, -1, -1),
-            torch.full(values.shape, auto_augment.NAMES.index(name)),
-            values,
+        operations = torch.full(values.shape, auto_augment.NAMES.index(name))
+        (plan,) = auto_augment.plan_operations(
+            operations, values, [len(values)], height, width, image.device
         )
+        augmented = auto_augment.apply_operations(image.expand(len(values), -1, -1, -1), plan)
         for result, magnitude in zip(augmented, values.tolist(), strict=True):
             decided = ~half_way(name, magnitude, height, width)
             expected = reference(image, name, magnitude)

@@ -264,10 +264,10 @@ INTERRUPTED = """
 
     step = Trainer.step
 
-    def interrupted_step(self, state, indices):
+    def interrupted_step(self, state, images, targets):
         if state.epoch == 1 and state.step == 2:
             sys.exit(3)
-        step(self, state, indices)
+        step(self, state, images, targets)
 
     if sys.argv.pop() == "interrupt":
         Trainer.step = interrupted_step
@@ -300,6 +300,40 @@ def test_statistics_of_two_processes_resumed_mid_epoch_are_those_of_a_whole_run(
     for first, second in zip(whole, resumed, strict=True):
         for name in ("train_loss", "train_accuracy"):
             assert first[name] == pytest.approx(second[name], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_batch_norm_on_a_last_batch_of_one_image(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data="squares", image_size=16, model="resnet18", epochs=1, batch_size=17, val_size=0
+    )
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))  # trains on 120 images: 6 batches of 17, one of 18
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run(
+        [*launch, str(script), json.dumps(config.to_json()), str(tmp_path / "two")],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+    )
+    assert newest_step(tmp_path / "two") == 7
+    row = json.loads((tmp_path / "two" / "history.jsonl").read_text())
+    assert np.isfinite(row["train_loss"])
+
+
+def test_deterministic_algorithms_are_those_of_the_run_alone(
+    squares: ImageData, tiny_config: TrainConfig
+) -> None:
+    found: list[bool] = []
+
+    class Look(Callback):
+        def on_step_end(self, state: TrainState) -> None:
+            found.append(torch.are_deterministic_algorithms_enabled())
+
+    config = dataclasses.replace(tiny_config, epochs=1, deterministic=True)
+    fit(config, data=squares, callbacks=[Look()], device="cpu")
+    assert all(found) and len(found) == 4
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_interrupt_finishes_the_step_saves_and_stops(
@@ -546,13 +580,13 @@ def test_bf16_autocast_trains_on_a_cpu(squares: ImageData, tiny_config: TrainCon
 def test_a_failing_compiler_is_a_warning_and_the_plain_model(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(model: nn.Module) -> nn.Module:
+    def broken(model: nn.Module, **options: Any) -> nn.Module:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     with caplog.at_level(logging.WARNING):
-        assert try_compile(model, 4, torch.device("cpu"), FP32) is model
+        assert try_compile(model, (8, 3, 4, 4), torch.device("cpu"), FP32) is model
     assert "no compiler" in caplog.text
     assert model.training and model[1].weight.grad is None
 
