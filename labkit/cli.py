@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Train a CIFAR-10 classifier well, and segment in an image what a sentence names.",
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Measure on procedural scenes.")
+bench = typer.Typer(no_args_is_help=True, help="Measure quality and speed.")
 app.add_typer(bench, name="bench")
 
 
@@ -244,6 +244,52 @@ def bench_segment(
     print(json.dumps(figures, indent=2))
     if out is not None:
         write_json(out, figures)
+
+
+@bench.command("train")
+def bench_train(
+    presets: Annotated[
+        str, typer.Option(help="Names with commas between them [default: those with a target].")
+    ] = "",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step [default: the preset's; 64 on a CPU].")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps in a stretch.")] = 2,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure what share of this machine's peak the training of each preset reaches.
+
+    The peaks of matrix products and convolutions are measured in the same run.
+    """
+    from labkit.classify.bench import TARGETS, measure_shares
+    from labkit.files import write_json
+    from labkit.runtime import pick_device
+
+    if batch_size is None and pick_device(device).type == "cpu":
+        batch_size = 64
+    names = [name.strip() for name in presets.split(",")] if presets else list(TARGETS)
+    result = measure_shares(
+        names,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        steps=steps,
+        rounds=rounds,
+    )
+    print(f"matrix products: {result['gemm_flops_per_second'] / 1e9:,.1f} GFLOP/s")
+    for name, row in result["presets"].items():
+        aim = "" if row["target"] is None else f" (aim {row['target']:.0%})"
+        print(
+            f"{name}: {row['share']:.0%}{aim} of {row['peak_flops_per_second'] / 1e9:,.1f} GFLOP/s "
+            f"({row['peak']}), {row['images_per_second']:,.1f} images/s"
+        )
+        top = row["profile"][:5]
+        print("  " + ", ".join(f"{item['operator']} {item['percent']:.0f} %" for item in top))
+    if out is not None:
+        write_json(out, result)
 
 
 @app.command()

@@ -202,7 +202,7 @@ def plot_compared_curves(
         axes.plot(epochs, curves.T, color=colour, linewidth=0.8, alpha=0.5)
         label = f"{name} (mean of {len(runs)})"
         axes.plot(epochs, curves.mean(0), "o-", color=colour, markersize=3.5, label=label)
-    _style(axes, "\n".join(textwrap.wrap(title, 70)), "epoch", "validation accuracy (%)")
+    _style(axes, "\n".join(textwrap.wrap(title, 62)), "epoch", "validation accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(**LEGEND)
     return figure
