@@ -92,52 +92,6 @@ def evaluate(
 
 
 @app.command()
-def ablate(
-    data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
-    epochs: Annotated[
-        int | None, typer.Option(help="Of each run [default: 3 on a CPU, 40 on a GPU].")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="How many random seeds, from 0.")] = 3,
-    claims: Annotated[
-        str, typer.Option(help="Names with commas between them [default: all].")
-    ] = "",
-    width: Annotated[float, typer.Option(help="Factor on the channels; less is faster.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/ablate"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
-    """Put the claims of the lab to the test: a row with interval and verdict for each.
-
-    OUT holds ablate.json, a figure of all rows, one of each claim, and the runs. The same command
-    goes on after an interruption, and repeats no finished run.
-    """
-    from labkit.classify.ablate import RESULT, list_claims, make_base, run_ablation
-    from labkit.classify.data import load_data
-    from labkit.runtime import InputError
-
-    if seeds < 1:
-        raise InputError(f"seeds must be at least 1, got {seeds}")
-    loaded = load_data(data)
-    base = make_base(loaded, epochs=epochs, width=width, device=device)
-    known = {claim.name: claim for claim in list_claims(base, device=device)}
-    names = [name.strip() for name in claims.split(",")] if claims else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(f"claims must be of {', '.join(known)}, got {', '.join(unknown)}")
-    ablation = run_ablation(
-        base,
-        [known[name] for name in names],
-        seeds=range(seeds),
-        data=loaded,
-        out=out,
-        device=device,
-    )
-    note = f"  [{loaded.note}]" if loaded.note else ""
-    print(f"{loaded.name}, {base.epochs} epochs, {seeds} random seeds{note}")
-    for effect in ablation.effects:
-        print(effect.describe())
-    print(f"table  {out / RESULT}")
-
-
-@app.command()
 def segment(
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, addresses.")],
     prompt: Annotated[list[str], typer.Option(help="What to look for; may be repeated.")],
@@ -211,6 +165,52 @@ def _expand_folders(sources: list[str]) -> list[str]:
             _logger.warning("%s: skipped %d that are no images: %s", source, len(others), names)
         expanded += map(str, images)
     return expanded
+
+
+@app.command()
+def ablate(
+    data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
+    epochs: Annotated[
+        int | None, typer.Option(help="Of each run [default: 3 on a CPU, 40 on a GPU].")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many random seeds, from 0.")] = 3,
+    claims: Annotated[
+        str, typer.Option(help="Names with commas between them [default: all].")
+    ] = "",
+    width: Annotated[float, typer.Option(help="Factor on the channels; less is faster.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/ablate"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Put the claims of the lab to the test: a row with interval and verdict for each.
+
+    OUT holds ablate.json, a figure of all rows, one of each claim, and the runs. The same command
+    goes on after an interruption, and repeats no finished run.
+    """
+    from labkit.classify.ablate import RESULT, list_claims, make_base, run_ablation
+    from labkit.classify.data import load_data
+    from labkit.runtime import InputError
+
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {seeds}")
+    loaded = load_data(data)
+    base = make_base(loaded, epochs=epochs, width=width, device=device)
+    known = {claim.name: claim for claim in list_claims(base, device=device)}
+    names = [name.strip() for name in claims.split(",")] if claims else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"claims must be of {', '.join(known)}, got {', '.join(unknown)}")
+    ablation = run_ablation(
+        base,
+        [known[name] for name in names],
+        seeds=range(seeds),
+        data=loaded,
+        out=out,
+        device=device,
+    )
+    note = f"  [{loaded.note}]" if loaded.note else ""
+    print(f"{loaded.name}, {base.epochs} epochs, {seeds} random seeds{note}")
+    for effect in ablation.effects:
+        print(effect.describe())
+    print(f"table  {out / RESULT}")
 
 
 @bench.command("segment")
