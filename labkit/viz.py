@@ -161,7 +161,7 @@ def plot_effects(effects: Sequence[Mapping[str, Any]], note: str = "") -> Figure
         claims = [(row["claimed"], y) for y, row in enumerate(group) if row["claimed"] is not None]
         if claims:
             axes.plot(*zip(*claims, strict=True), "D", color=RED, markersize=6, label="claimed")
-        names = [f"{row['name']}\n{row['verdict']}" for row in group]
+        names = [f"{make_drawable(row['name'], 40)}\n{row['verdict']}" for row in group]
         axes.set_yticks(range(len(group)), labels=names, **SMALL)
         axes.set_ylim(len(group) - 0.5, -0.5)
         axes.legend(**LEGEND, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -200,11 +200,13 @@ def plot_compared_curves(
         epochs = [row["epoch"] for row in runs[0]]
         curves = np.array([[100 * row["validation_accuracy"] for row in run] for run in runs])
         axes.plot(epochs, curves.T, color=colour, linewidth=0.8, alpha=0.5)
-        label = f"{name} (mean of {len(runs)})"
+        label = f"{make_drawable(name, 40)} (mean of {len(runs)})"
         axes.plot(epochs, curves.mean(0), "o-", color=colour, markersize=3.5, label=label)
-    _style(axes, "\n".join(textwrap.wrap(title, 62)), "epoch", "validation accuracy (%)")
+    lines = textwrap.wrap(make_drawable(title, 180), 62)
+    _style(axes, "\n".join(lines), "epoch", "validation accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.legend(**LEGEND)
+    for text in axes.legend(**LEGEND).get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -521,7 +523,7 @@ def _make_stand_in(letter: str, fonts: Sequence[Any]) -> str:
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_facecolor("white")
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, parse_math=False)
     axes.set_xlabel(x, fontsize=9, color=SOFT)
     axes.set_ylabel(y, fontsize=9, color=SOFT)
     axes.tick_params(labelsize=8, color=LINE, labelcolor=SOFT)

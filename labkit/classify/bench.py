@@ -434,7 +434,7 @@ def estimate_training(
     precision = resolve_precision(config.precision, target)
     config = dataclasses.replace(_drop_pretrained(config), compile=False)
     whole = min(config.batch_size, train_images)
-    probed = min(whole, 8)
+    probed = min(whole, 4)
     fitting = int(seconds / 4 / _time_step(config, probed, target, precision, 0.0) * probed)
     batch_size = whole if target.type == "cuda" else max(probed, min(whole, fitting))
     rate = batch_size / _time_step(config, batch_size, target, precision, seconds)
