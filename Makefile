@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: run test lint notebook notebooks address colab-check clean
+.PHONY: run test lint notebook notebooks tables bench gpu-check address colab-check clean
 
 run: $(READY)
 	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb q2.ipynb
@@ -25,6 +25,18 @@ notebook: $(READY)
 # The set-up cells carry the text of scripts/find_labkit.py.
 notebooks: $(READY)
 	$(BIN)/python scripts/prepare_notebooks.py
+
+# The tables of README and q1 are those of benchmarks/results.
+tables: $(READY)
+	$(BIN)/python scripts/make_tables.py
+
+# Reruns the short measurements, and names what fell by a tenth; less than 10 minutes.
+bench: $(READY)
+	$(BIN)/python benchmarks/rerun.py
+
+# Needs a GPU: its tests, an epoch of each preset, two accuracies; goes on where it stopped.
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py
 
 # make address REPO=owner/name writes badges and metadata of a fork.
 address: $(READY)

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--data", default="scenes")
     parser.add_argument("--steps", type=int, default=40, help="steps in a stretch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-memory", action="store_true", help="no epoch for the peak memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train-step.json"))
     arguments = parser.parse_args()
     config, device = get_preset("seed-resnet18"), pick_device()
@@ -94,7 +95,7 @@ def main() -> None:
         {
             "share_of_bare_loop": summary(share)["median"],
             "ratio_to_seed_loop": summary(ratio)["median"],
-            "peak_gib": measure_peak_gib(arguments.data),
+            "peak_gib": None if arguments.skip_memory else measure_peak_gib(arguments.data),
             "share_spread": summary(share),
             "ratio_spread": summary(ratio),
             "images_per_second": {name: summary(values) for name, values in rates.items()},

@@ -1,4 +1,4 @@
-"""The command line: `labkit train | eval | predict | segment | bench | doctor`."""
+"""The command line: `labkit train | eval | predict | ablate | segment | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Train a CIFAR-10 classifier well, and segment in an image what a sentence names.",
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Measure on procedural scenes.")
+bench = typer.Typer(no_args_is_help=True, help="Measure quality and speed.")
 app.add_typer(bench, name="bench")
 
 
@@ -264,6 +264,52 @@ def _expand_folders(sources: list[str]) -> list[str]:
     return expanded
 
 
+@app.command()
+def ablate(
+    data: Annotated[str, typer.Option(help="hub, toronto, cifar100, scenes, or a folder.")] = "hub",
+    epochs: Annotated[
+        int | None, typer.Option(help="Of each run [default: 3 on a CPU, 40 on a GPU].")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many random seeds, from 0.")] = 3,
+    claims: Annotated[
+        str, typer.Option(help="Names with commas between them [default: all].")
+    ] = "",
+    width: Annotated[float, typer.Option(help="Factor on the channels; less is faster.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/ablate"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Put the claims of the lab to the test: a row with interval and verdict for each.
+
+    OUT holds ablate.json, a figure of all rows, one of each claim, and the runs. The same command
+    goes on after an interruption, and repeats no finished run.
+    """
+    from labkit.classify.ablate import RESULT, list_claims, make_base, run_ablation
+    from labkit.classify.data import load_data
+    from labkit.runtime import InputError
+
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {seeds}")
+    loaded = load_data(data)
+    base = make_base(loaded, epochs=epochs, width=width, device=device)
+    known = {claim.name: claim for claim in list_claims(base, device=device)}
+    names = [name.strip() for name in claims.split(",")] if claims else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"claims must be of {', '.join(known)}, got {', '.join(unknown)}")
+    ablation = run_ablation(
+        base,
+        [known[name] for name in names],
+        seeds=range(seeds),
+        data=loaded,
+        out=out,
+        device=device,
+    )
+    note = f"  [{loaded.note}]" if loaded.note else ""
+    print(f"{loaded.name}, {base.epochs} epochs, {seeds} random seeds{note}")
+    for effect in ablation.effects:
+        print(effect.describe())
+    print(f"table  {out / RESULT}")
+
+
 @bench.command("segment")
 def bench_segment(
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "demo",
@@ -295,6 +341,52 @@ def bench_segment(
     print(json.dumps(figures, indent=2))
     if out is not None:
         write_json(out, figures)
+
+
+@bench.command("train")
+def bench_train(
+    presets: Annotated[
+        str, typer.Option(help="Names with commas between them [default: those with a target].")
+    ] = "",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step [default: the preset's; 64 on a CPU].")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps in a stretch.")] = 2,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure what share of this machine's peak the training of each preset reaches.
+
+    The peaks of matrix products and convolutions are measured in the same run.
+    """
+    from labkit.classify.bench import TARGETS, measure_shares
+    from labkit.files import write_json
+    from labkit.runtime import pick_device
+
+    if batch_size is None and pick_device(device).type == "cpu":
+        batch_size = 64
+    names = [name.strip() for name in presets.split(",")] if presets else list(TARGETS)
+    result = measure_shares(
+        names,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        steps=steps,
+        rounds=rounds,
+    )
+    print(f"matrix products: {result['gemm_flops_per_second'] / 1e9:,.1f} GFLOP/s")
+    for name, row in result["presets"].items():
+        aim = "" if row["target"] is None else f" (aim {row['target']:.0%})"
+        print(
+            f"{name}: {row['share']:.0%}{aim} of {row['peak_flops_per_second'] / 1e9:,.1f} GFLOP/s "
+            f"({row['peak']}), {row['images_per_second']:,.1f} images/s"
+        )
+        top = row["profile"][:5]
+        print("  " + ", ".join(f"{item['operator']} {item['percent']:.0f} %" for item in top))
+    if out is not None:
+        write_json(out, result)
 
 
 @app.command()
@@ -374,6 +466,7 @@ def main() -> None:
             print(f"labkit: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            hint = "; add --resume to go on" if "train" in sys.argv[1:2] else ""
+            hints = {"train": "; add --resume to go on", "ablate": "; the same command goes on"}
+            hint = hints.get(next(iter(sys.argv[1:]), ""), "")
             print(f"labkit: interrupted{hint}", file=sys.stderr)
             raise SystemExit(130) from None

@@ -144,6 +144,94 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "")
 
 
 @use_plain_text()
+def plot_effects(effects: Sequence[Mapping[str, Any]], note: str = "") -> Figure:
+    """Draw what each ingredient brought, with its interval, beside what was claimed.
+
+    Effects of one unit share an axis: accuracies in points around 0, speeds as ratios around 1.
+
+    Args:
+        effects: rows with `name`, `unit` (`points` or `times`), `mean`, `interval` (low, high) or
+            None, `claimed` or None, and `verdict`.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `effects` is empty.
+
+    Example:
+        >>> row = {"name": "flip", "unit": "points", "mean": 1.0, "interval": (0.5, 1.5)}
+        >>> figure = plot_effects([{**row, "claimed": 2.0, "verdict": "does not hold"}])
+        >>> figure.axes[0].get_xlabel()
+        'points of accuracy'
+    """
+    if not effects:
+        raise InputError("effects has no rows; an ablation needs at least one claim")
+    units = list(dict.fromkeys(row["unit"] for row in effects))
+    groups = [[row for row in effects if row["unit"] == unit] for unit in units]
+    heights = [len(group) + 1 for group in groups]
+    figure = create_figure(7.5, 0.45 * sum(heights) + 0.8 * len(units), note)
+    panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, unit, group in zip(panels, units, groups, strict=True):
+        _style(axes, "", "points of accuracy" if unit == "points" else "times as fast", "")
+        axes.axvline(0 if unit == "points" else 1, color=SOFT, linewidth=1)
+        for y, row in enumerate(group):
+            if row["interval"] is not None:
+                axes.plot(row["interval"], (y, y), color=BLUE, linewidth=2.2)
+            label = "measured, 95 % interval" if y == 0 else None
+            axes.plot(row["mean"], y, "o", color=BLUE, markersize=6, label=label)
+        claims = [(row["claimed"], y) for y, row in enumerate(group) if row["claimed"] is not None]
+        if claims:
+            axes.plot(*zip(*claims, strict=True), "D", color=RED, markersize=6, label="claimed")
+        names = [f"{make_drawable(row['name'], 40)}\n{row['verdict']}" for row in group]
+        axes.set_yticks(range(len(group)), labels=names, **SMALL)
+        axes.set_ylim(len(group) - 0.5, -0.5)
+        axes.legend(**LEGEND, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return figure
+
+
+@use_plain_text()
+def plot_compared_curves(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    title: str = "",
+    note: str = "",
+) -> Figure:
+    """Draw the validation accuracy of two groups of runs by epoch: each run, and their mean.
+
+    Args:
+        histories: for each group its runs, each with rows as `plot_learning_curves` takes them;
+            all runs have equally many epochs.
+        title: the title of the figure.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: there are more groups than colours, or a group has no runs.
+
+    Example:
+        >>> run = [{"epoch": 1, "validation_accuracy": 0.5}]
+        >>> plot_compared_curves({"with": [run], "without": [run]}).axes[0].get_xlabel()
+        'epoch'
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    colours = (BLUE, RED, AMBER)
+    if len(histories) > len(colours) or not all(histories.values()):
+        raise InputError(f"give 1 to {len(colours)} groups of at least one run each")
+    figure = create_figure(6.0, 3.4, note)
+    axes = figure.subplots()
+    for (name, runs), colour in zip(histories.items(), colours, strict=False):
+        epochs = [row["epoch"] for row in runs[0]]
+        curves = np.array([[100 * row["validation_accuracy"] for row in run] for run in runs])
+        axes.plot(epochs, curves.T, color=colour, linewidth=0.8, alpha=0.5)
+        label = f"{make_drawable(name, 40)} (mean of {len(runs)})"
+        axes.plot(epochs, curves.mean(0), "o-", color=colour, markersize=3.5, label=label)
+    lines = textwrap.wrap(make_drawable(title, 180), 62)
+    _style(axes, "\n".join(lines), "epoch", "validation accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for text in axes.legend(**LEGEND).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+@use_plain_text()
 def plot_confusion_matrix(confusion: ArrayLike, classes: Sequence[str], note: str = "") -> Figure:
     """Draw a confusion matrix.
 
@@ -535,7 +623,7 @@ def _make_stand_in(letter: str, fonts: Sequence[Any]) -> str:
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_facecolor("white")
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, parse_math=False)
     axes.set_xlabel(x, fontsize=9, color=SOFT)
     axes.set_ylabel(y, fontsize=9, color=SOFT)
     axes.tick_params(labelsize=8, color=LINE, labelcolor=SOFT)

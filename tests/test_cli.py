@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -474,3 +475,45 @@ def test_bench_segment_writes_its_figures(tmp_path: Path, monkeypatch: pytest.Mo
     named = {"n_scenes", "miou", "miou_ci", "miou_clipseg_only", "miou_peak_0013"}
     named |= {"presence_auroc", "presence_mcc", "instance_recall", "weights", "versions"}
     assert named <= figures.keys() and figures["profile"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--claims", "depth,hight"], "claims must be of adamw-cosine, .*, width, got hight"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--width", "2"], "width must be between 0.015625 and 1, got 2.0"),
+    ],
+)
+def test_a_wrong_option_of_ablate_ends_in_one_line(
+    options: list[str],
+    message: str,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["labkit", "ablate", "--data", str(image_folder), "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("labkit:")]
+    assert re.fullmatch(f"labkit: {message}", line)
+
+
+def test_ablate_prints_a_verdict_for_each_claim(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["labkit", "ablate", "--data", str(image_folder), "--device", "cpu"]
+    command += ["--epochs", "1", "--seeds", "1", "--claims", "crop-flip", "--width", "0.0625"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "random crop and flip bring 2 points: cannot be told" in printed
+    assert (tmp_path / "out" / "ablate.json").exists()

@@ -48,7 +48,20 @@ def history(epochs: int) -> list[dict[str, float]]:
     ]
 
 
+def effect(name: str, **changes: Any) -> dict[str, Any]:
+    row = {"unit": "points", "mean": 1.0, "interval": (0.5, 1.5), "claimed": 2.0}
+    return {"name": name, "verdict": "does not hold", **row, **changes}
+
+
+def accuracies(*values: float) -> list[dict[str, float]]:
+    return [{"epoch": e, "validation_accuracy": v} for e, v in enumerate(values, 1)]
+
+
 FIGURES: dict[str, Callable[[str], Figure]] = {
+    "effects": lambda note: viz.plot_effects([effect("a"), effect("b", unit="times")], note),
+    "compared_curves": lambda note: viz.plot_compared_curves(
+        {"with": [accuracies(0.5, 0.6)], "without": [accuracies(0.4, 0.5)]}, "a claim", note
+    ),
     "plot_images": lambda note: viz.plot_images(images(5), list("abcde"), columns=3, note=note),
     "learning_curves": lambda note: viz.plot_learning_curves(history(3), note=note),
     "confusion": lambda note: viz.plot_confusion_matrix(np.eye(3, dtype=int), CLASSES, note=note),
@@ -68,6 +81,10 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
 
 
 STRANGE_FIGURES: dict[str, Callable[[Sequence[str]], Figure]] = {
+    "effects": lambda names: viz.plot_effects([effect(name) for name in names], names[0]),
+    "compared_curves": lambda names: viz.plot_compared_curves(
+        {names[0]: [accuracies(0.5)]}, " ".join(names), " ".join(names)
+    ),
     "plot_images": lambda names: viz.plot_images(images(len(names)), names, note=names[0]),
     "learning_curves": lambda names: viz.plot_learning_curves(history(3), note=" ".join(names)),
     "confusion": lambda names: viz.plot_confusion_matrix(
@@ -252,6 +269,27 @@ def test_curves_have_markers_only_for_few_epochs() -> None:
     assert viz.plot_learning_curves(history(60)).axes[0].lines[0].get_marker() in ("", "None")
 
 
+def test_effects_of_one_unit_share_an_axis_with_their_intervals_and_claims() -> None:
+    unsure = effect("b", interval=None, claimed=None, mean=-3.0)
+    figure = viz.plot_effects([effect("a"), effect("c", unit="times"), unsure])
+    points, times = figure.axes
+    drawn = [(np.asarray(line.get_xdata()).tolist(), line.get_label()) for line in points.lines[1:]]
+    assert [x for x, _ in drawn] == [[0.5, 1.5], [1.0], [-3.0], [2.0]]
+    assert drawn[-1][1] == "claimed"
+    assert [tick.get_text() for tick in points.get_yticklabels()] == [
+        "a\ndoes not hold",
+        "b\ndoes not hold",
+    ]
+    assert [axes.lines[0].get_xdata()[0] for axes in (points, times)] == [0, 1]
+
+
+def test_compared_curves_show_each_run_and_their_mean() -> None:
+    runs = [accuracies(0.4, 0.6), accuracies(0.6, 0.7)]
+    axes = viz.plot_compared_curves({"with": runs}).axes[0]
+    curves = np.array([line.get_ydata() for line in axes.lines])
+    np.testing.assert_allclose(curves, [[40, 60], [60, 70], [50, 65]])
+
+
 def test_confusion_is_coloured_by_row_share_and_counted_up_to_twenty_classes() -> None:
     figure = viz.plot_confusion_matrix([[3, 1, 0], [0, 0, 0], [0, 5, 5]], CLASSES)
     np.testing.assert_allclose(get_arrays(figure)[0], [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]])
@@ -309,6 +347,8 @@ def test_augmented_variants_stand_right_of_their_original() -> None:
         (lambda: viz.plot_images(images(2), ["one"]), "1 titles for 2"),
         (lambda: viz.plot_images(images(2), columns=0), "columns"),
         (lambda: viz.plot_learning_curves([]), "history"),
+        (lambda: viz.plot_effects([]), "effects"),
+        (lambda: viz.plot_compared_curves({"with": []}), "at least one run"),
         (lambda: viz.plot_confusion_matrix(np.eye(2), CLASSES), "3 × 3"),
         (lambda: viz.plot_attention(images(2), np.zeros((1, 4, 4))), "maps"),
         (lambda: viz.plot_augmentations(images(2), images(2)), "variants"),
