@@ -31,12 +31,14 @@ INK, SOFT, LINE = "#1f2430", "#5b6472", "#e3e6ea"
 DPI = 120
 CHARACTER = 0.068  # inches that a character of 8-point text takes on average
 TEXT_LINE = 0.15  # inches from one line of 8-point text to the next
+HEADING_LINE = 0.22  # inches that a line of 10-point text takes
 GAP = 0.08  # inches between images
 FEW_EPOCHS = 20
 MAX_CLASSES_WITH_COUNTS = 20
 MAX_TICK_LENGTH = 32  # characters of a class name beside an axis
 HEAT = "inferno"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK}
+TITLE: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": INK}
 SMALL: dict[str, Any] = {"fontsize": 8, "color": INK, "parse_math": False}
 
 
@@ -279,17 +281,16 @@ def plot_attention(
     maps: NDArray[np.floating[Any]],
     titles: Sequence[str] = (),
     note: str = "",
+    method: str = "Attention",
 ) -> Figure:
-    """Draw each image above its attention map.
-
-    Source of attention roll-out: Abnar and Zuidema, Quantifying Attention Flow in Transformers,
-    2020.
+    """Draw each image above the map of where the model looks.
 
     Args:
         images: (N, H, W, 3) uint8.
-        maps: (N, h, w) in [0, 1]; 1 where the model attends most.
+        maps: (N, h, w) in [0, 1]; 1 where the model looks most.
         titles: one for each image, or none.
         note: the text of the tag, or "".
+        method: how the maps were computed, the title of the figure.
 
     Raises:
         InputError: `images`, `maps` or `titles` do not fit.
@@ -306,12 +307,12 @@ def plot_attention(
         raise InputError(f"maps must be ({len(images)}, h, w), one an image, got {heat.shape}")
     if len(images):
         images = np.stack([_draw_above_heat(*pair) for pair in zip(images, heat, strict=True)])
-    figure = _draw_grid(images, titles, 8, cell=1.35, bottom=0.35, note=note)
+    figure = _draw_grid(images, titles, 8, cell=1.35, heading=method, bottom=0.35, note=note)
     axes = figure.axes[0]
     width, height = axes.get_xlim()[1], axes.get_ylim()[0]  # inches
     scale = axes.inset_axes((0.1 / width, 0.2 / height, 1.3 / width, 0.07 / height))
     bar = figure.colorbar(ScalarMappable(cmap=HEAT), cax=scale, orientation="horizontal")
-    bar.set_ticks([0, 0.5, 1], labels=["0", "attention", "1"], **SMALL)
+    bar.set_ticks([0, 0.5, 1], labels=["low", "", "high"], **SMALL)
     bar.ax.tick_params(length=0)
     bar.ax.spines["outline"].set_visible(False)
     return figure
@@ -437,7 +438,7 @@ def _make_stand_in(letter: str, fonts: Sequence[Any]) -> str:
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_facecolor("white")
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_title(title, loc="left", **TITLE)
     axes.set_xlabel(x, fontsize=9, color=SOFT)
     axes.set_ylabel(y, fontsize=9, color=SOFT)
     axes.tick_params(labelsize=8, color=LINE, labelcolor=SOFT)
@@ -491,13 +492,15 @@ def _draw_grid(
     *,
     cell: float = 1.07,
     columns_apart: int = 0,
+    heading: str = "",
     bottom: float = 0.0,
     note: str,
 ) -> Figure:
     """Draw images in rows on one pair of axes whose unit is the inch.
 
     Each image is `cell` inches wide and stands below its wrapped title. A wider gap follows the
-    first `columns_apart` columns, and `bottom` inches are left free below the last row.
+    first `columns_apart` columns, a `heading` of one line stands above the first row, and
+    `bottom` inches are left free below the last row.
     """
     images = _check_images(images)
     if columns < 1:
@@ -508,7 +511,7 @@ def _draw_grid(
     wrapped = [textwrap.wrap(make_drawable(title), int(cell / CHARACTER)) for title in titles]
     title_heights = [TEXT_LINE * len(lines) for lines in wrapped] or [0.0] * len(images)
     corners: list[tuple[float, float]] = []  # top left, y downwards
-    top = 0.0
+    top = HEADING_LINE if heading else 0.0
     for start in range(0, len(images), columns):
         row = title_heights[start : start + columns]
         top += GAP + max(row)
@@ -525,6 +528,8 @@ def _draw_grid(
         axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
     for (x, y), lines in zip(corners, wrapped, strict=False):
         axes.text(x + cell / 2, y - 0.04, "\n".join(lines), va="bottom", ha="center", **SMALL)
+    if heading:
+        axes.text(GAP / 2, 0.04, make_drawable(heading), va="top", parse_math=False, **TITLE)
     if not corners:
         axes.text(width / 2, height / 2, "nothing to show", va="center", ha="center", **SMALL)
     axes.set(xlim=(0, width), ylim=(height, 0))

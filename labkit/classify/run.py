@@ -22,8 +22,8 @@ from labkit.classify.data import ImageData, load_data
 from labkit.classify.evaluate import evaluate, match_training, predict_logits
 from labkit.classify.metrics import Metrics, find_confident_mistakes
 from labkit.classify.models import create_from_config
+from labkit.classify.saliency import Method, choose_method, compute_saliency
 from labkit.classify.sources import crop_square
-from labkit.classify.vit import compute_attention_rollout, has_attention
 from labkit.files import open_atomic, write_json
 from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
@@ -76,8 +76,8 @@ class Run:
 
     @property
     def has_attention(self) -> bool:
-        """Whether `attention` has something to show: the model is a Vision Transformer."""
-        return has_attention(self.model)
+        """Whether `attention` has something to show: the model has attention or feature maps."""
+        return self._choose_saliency() is not None
 
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.str_]:
         """The most probable class of each image: (N,) names.
@@ -150,20 +150,31 @@ class Run:
         )
 
     def attention(self, images: ImageSource | Sequence[ImageSource] | None = None) -> Figure:
-        """Where a Vision Transformer looks: attention roll-out (Abnar and Zuidema, 2020).
+        """Where the model looks, and which class it sees there.
+
+        A Vision Transformer shows its attention roll-out (Abnar and Zuidema, 2020), another
+        network what speaks for the predicted class: Grad-CAM (Selvaraju et al., 2017).
 
         Args:
             images: as in `predict`; by default the first 8 of the test split.
 
         Raises:
-            InputError: the model has no attention (see `has_attention`).
+            InputError: the model has neither attention nor feature maps (see `has_attention`).
         """
         pixels = self._load_squares(self.data.test.images[:ATTENDED] if images is None else images)
+        maps = compute_saliency(self.model, self._normalise(pixels)).cpu().numpy()
+        method = self._choose_saliency() or ""
+        return viz.plot_attention(pixels, maps, self.predict(pixels).tolist(), self.note, method)
+
+    def _choose_saliency(self) -> Method | None:
+        """The method by which `attention` shows where the model looks; None if there is none."""
+        return choose_method(self.model, self._normalise(self.data.test.images[:1]))
+
+    def _normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Images (N, H, W, 3) as the model takes them: (N, 3, H, W), on its device."""
         device = next(self.model.parameters()).device
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-        normalised = normalise(batch, self.config.mean, self.config.std)
-        maps = compute_attention_rollout(self.model, normalised)
-        return viz.plot_attention(pixels, maps.cpu().numpy(), note=self.note)
+        batch = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).to(device)
+        return normalise(batch, self.config.mean, self.config.std)
 
     def figures(self) -> dict[str, Figure]:
         """All figures of the run by title, as the report shows them."""
@@ -175,8 +186,8 @@ class Run:
         }
         if self.metrics.accuracy < 1:
             figures["Most confident mistakes"] = self.mistakes()
-        if self.has_attention:
-            figures["Attention roll-out"] = self.attention()
+        if method := self._choose_saliency():
+            figures[method] = self.attention()
         return figures
 
     def to_json(self) -> dict[str, Any]:
