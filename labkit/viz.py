@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, PALE_BLUE, RED, AMBER = "#0072B2", "#8CBFDE", "#D55E00", "#E69F00"
+COLOURS = (BLUE, RED, "#009E73", AMBER, "#CC79A7")
 INK, SOFT, LINE = "#1f2430", "#5b6472", "#e3e6ea"
 DPI = 120
 CHARACTER = 0.068  # inches that a character of 8-point text takes on average
 TEXT_LINE = 0.15  # inches from one line of 8-point text to the next
 HEADING_LINE = 0.22  # inches that a line of 10-point text takes
 GAP = 0.08  # inches between images
+ROW = 0.24  # inches that a row of a table takes
 FEW_EPOCHS = 20
+MOST_PROBABLE = 5  # classes beside an image
 MAX_CLASSES_WITH_COUNTS = 20
 MAX_TICK_LENGTH = 32  # characters of a class name beside an axis
 HEAT = "inferno"
@@ -123,6 +126,117 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], note: str = "")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axes in (loss, accuracy):
         axes.legend(**LEGEND)
+    return figure
+
+
+def plot_comparison(
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    note: str = "",
+) -> Figure:
+    """Draw loss and accuracy of several runs over the epochs, and below them a table.
+
+    Dashed lines are training, solid ones validation.
+
+    Args:
+        histories: the rows of each run as `plot_learning_curves` takes them, by its name.
+        columns: the heads of the columns of the table.
+        rows: the cells of its rows; the first cell of a row is the widest.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: a row has not one cell for each column.
+
+    Example:
+        >>> row = {"epoch": 1, "train_loss": 2.3, "train_accuracy": 0.1, "learning_rate": 0.01}
+        >>> figure = plot_comparison({"a": [row]}, ["run", "accuracy"], [["a", "10 %"]])
+        >>> [text.get_text() for text in figure.axes[2].texts]
+        ['run', 'accuracy', 'a', '10 %']
+    """
+    if any(len(row) != len(columns) for row in rows):
+        raise InputError(f"each row of the table must have {len(columns)} cells, one for a column")
+    table_height = ROW * (1 + len(rows))
+    figure = create_figure(10.5, 3.0 + table_height, note)
+    figure_axes: dict[str, Any] = figure.subplot_mosaic(
+        [["loss", "accuracy"], ["table", "table"]], height_ratios=(3.0, table_height)
+    )
+    epochs = [row["epoch"] for history in histories.values() for row in history]
+    for key, title, factor in (("loss", "Loss", 1.0), ("accuracy", "Accuracy (%)", 100.0)):
+        axes = figure_axes[key]
+        for (name, history), colour in zip(histories.items(), itertools.cycle(COLOURS)):
+            for part, style in (("train", "--"), ("validation", "-")):
+                label = f"{part}, {make_drawable(name, MAX_TICK_LENGTH)}"
+                _draw_curve(axes, history, f"{part}_{key}", factor, colour, label, style)
+        _style(axes, title, "epoch", "")
+        axes.set_xlim(min(epochs, default=1) - 0.5, max(epochs, default=1) + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for text in axes.legend(**LEGEND).get_texts():
+            text.set_parse_math(False)
+    _draw_table(figure_axes["table"], columns, rows)
+    return figure
+
+
+def _draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Draw the cells in columns, below their heads; the first column is twice as wide."""
+    starts = [0.0, *(np.arange(2, len(columns) + 1) / (len(columns) + 1)).tolist()]
+    for index, row in enumerate([columns, *rows]):
+        for start, cell in zip(starts, row, strict=True):
+            text = {**SMALL, "fontweight": "bold"} if index == 0 else SMALL
+            axes.text(start, index, make_drawable(cell, MAX_TICK_LENGTH), va="center", **text)
+    axes.axhline(0.5, color=LINE, linewidth=1.0)
+    axes.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.5))
+    axes.set_axis_off()
+
+
+def plot_predictions(
+    images: NDArray[np.uint8],
+    probabilities: NDArray[np.floating[Any]],
+    classes: Sequence[str],
+    note: str = "",
+) -> Figure:
+    """Draw each image beside bars of its most probable classes, the most probable one on top.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        probabilities: (N, C) in [0, 1].
+        classes: the names of the C classes.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: `images`, `probabilities` and `classes` do not fit.
+
+    Example:
+        >>> image = np.zeros((1, 8, 8, 3), np.uint8)
+        >>> figure = plot_predictions(image, np.array([[0.2, 0.8]]), ["cat", "dog"])
+        >>> [label.get_text() for label in figure.axes[1].get_yticklabels()]
+        ['dog', 'cat']
+    """
+    images, table = _check_images(images), np.asarray(probabilities)
+    if table.shape != (len(images), len(classes)):
+        raise InputError(
+            f"probabilities must be ({len(images)}, {len(classes)}), an image a row and a class a "
+            f"column, got {table.shape}"
+        )
+    figure = create_figure(5.5, 1.7 * max(len(images), 1), note)
+    pairs = figure.subplots(max(len(images), 1), 2, squeeze=False, width_ratios=(1, 2))
+    for axes in pairs.flat:
+        axes.set_axis_off()
+    if not len(images):
+        pairs[0, 0].text(0.5, 0.5, "nothing to show", va="center", ha="center", **SMALL)
+    for (left, right), image, row in zip(pairs, images, table, strict=False):
+        left.imshow(image, interpolation="nearest")
+        top = np.argsort(-row, kind="stable")[:MOST_PROBABLE]
+        right.set_axis_on()
+        _style(right, "", "", "")
+        right.grid(False)
+        bars = right.barh(np.arange(len(top)), 100 * row[top], height=0.7, color=PALE_BLUE)
+        right.bar_label(bars, fmt="%.1f %%", padding=3, fontsize=8, color=SOFT)
+        names = [make_drawable(classes[index], MAX_TICK_LENGTH) for index in top]
+        right.set_yticks(np.arange(len(top)), names, parse_math=False)
+        right.tick_params(axis="y", length=0, labelcolor=INK)
+        right.set(xlim=(0, 125), xticks=[], ylim=(max(len(top), 1) - 0.5, -0.5))
+        right.spines[["bottom"]].set_visible(False)
     return figure
 
 
@@ -455,12 +569,14 @@ def _draw_curve(
     factor: float,
     colour: str,
     label: str,
+    style: str = "-",
 ) -> None:
     points = [(row["epoch"], factor * row[key]) for row in history if row.get(key) is not None]
     if points:
         marker = "o" if len(history) <= FEW_EPOCHS else ""
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        line: dict[str, Any] = {"linewidth": 1.6, "linestyle": style}
+        axes.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5, **line)
 
 
 def _check_images(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

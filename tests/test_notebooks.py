@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import base64
+import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
@@ -35,6 +40,18 @@ def test_a_code_cell_has_at_most_15_lines(path: Path) -> None:
 def test_a_notebook_has_one_setup_and_one_parameters_cell(path: Path) -> None:
     tags = [tag for cell in code_cells(path) for tag in cell.metadata.get("tags", [])]
     assert sorted(tags) == ["parameters", "setup"]
+
+
+def test_the_first_cell_of_q1_shows_the_result_that_was_measured() -> None:
+    """And says the same figure as the file that it is drawn from."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "seed-resnet18.json").read_text())
+    text = nbformat.read(ROOT / "q1.ipynb", as_version=4).cells[0].source
+    ((caption, image),) = re.findall(r"!\[(.*?)\]\(data:image/png;base64,(.*?)\)", text)
+    drawn = base64.b64decode(image, validate=True)
+    assert Image.open(io.BytesIO(drawn)).size > (400, 250) and len(drawn) < 20_000
+    accuracy = f"{measured['test_accuracy']:.2%}"
+    assert caption == f"{measured['preset']}, {accuracy} of the test images right"
+    assert accuracy.replace("%", " %") in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -20,7 +20,7 @@ from labkit.classify.checkpoint import CONFIG, HISTORY
 from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.evaluate import evaluate, match_training, predict_logits
-from labkit.classify.metrics import Metrics, find_confident_mistakes
+from labkit.classify.metrics import Metrics, compute_mcnemar, find_confident_mistakes
 from labkit.classify.models import create_from_config
 from labkit.classify.saliency import Method, choose_method, compute_saliency
 from labkit.classify.sources import crop_square
@@ -44,6 +44,16 @@ logger = logging.getLogger(__name__)
 
 MISTAKES = 18
 ATTENDED = 8
+SIGNIFICANT = 0.05  # a p-value below it tells two runs apart
+COMPARED = (
+    "run",
+    "test accuracy",
+    "95 % interval",
+    "trained in",
+    "against the first",
+    "p (McNemar)",
+    "so they",
+)
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
 
@@ -149,6 +159,20 @@ class Run:
             self.note,
         )
 
+    def predictions(self, images: ImageSource | Sequence[ImageSource]) -> Figure:
+        """What the model takes images for: each beside its most probable classes.
+
+        Args:
+            images: as in `predict`; drawn as the model sees them.
+
+        Raises:
+            InputError: an image cannot be used.
+            SourceError: an image could not be read or fetched.
+        """
+        pixels = self._load_squares(images)
+        probabilities = self.predict_proba(pixels)
+        return viz.plot_predictions(pixels, probabilities, self.data.classes, self.note)
+
     def attention(self, images: ImageSource | Sequence[ImageSource] | None = None) -> Figure:
         """Where the model looks, and which class it sees there.
 
@@ -231,6 +255,71 @@ class Run:
             figures=self.figures(),
             tables={"Per class": Table(("class", "precision", "recall", "F1", "images"), rows)},
         )
+
+
+def compare_runs(runs: Mapping[str, Run]) -> Figure:
+    """Draw the curves of several runs, and whether their test accuracies can be told apart.
+
+    Each run is held against the first one with McNemar's test on the same test images. The
+    intervals and the test say what other test images could change, not what another random seed
+    would.
+
+    Args:
+        runs: two runs or more on the same data, by the names that the figure shows.
+
+    Raises:
+        InputError: there are fewer than two runs, or they were measured on different test images.
+
+    Example:
+        >>> from labkit import TrainConfig, fit
+        >>> images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        >>> data = ImageData.from_splits((images, np.arange(8) % 2), (images, np.arange(8) % 2))
+        >>> run = fit(
+        ...     TrainConfig(epochs=1, batch_size=4),
+        ...     model=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)),
+        ...     data=data,
+        ... )
+        >>> [axes.get_title(loc="left") for axes in compare_runs({"a": run, "b": run}).axes[:2]]
+        ['Loss', 'Accuracy (%)']
+    """
+    if len(runs) < 2:
+        raise InputError(f"compare_runs needs two runs or more, got {len(runs)}")
+    first, *others = runs.values()
+    names = list(runs)
+    for name, run in zip(names[1:], others, strict=True):
+        if run.data.fingerprint != first.data.fingerprint:
+            raise InputError(
+                f"{name!r} was measured on {run.data.name}, the first run on {first.data.name}: "
+                "load both with the same data, labkit.load_run(folder, data=data)"
+            )
+    rows = [(*_describe_accuracy(names[0], first), "", "", "")]
+    for name, run in zip(names[1:], others, strict=True):
+        rows.append((*_describe_accuracy(name, run), *_describe_difference(run, first)))
+    histories = {name: run.history for name, run in runs.items()}
+    return viz.plot_comparison(histories, COMPARED, rows, first.note)
+
+
+def _describe_accuracy(name: str, run: Run) -> tuple[str, str, str, str]:
+    low, high = run.metrics.accuracy_interval
+    return (
+        name,
+        f"{100 * run.metrics.accuracy:.2f} %",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        f"{run.facts['train_seconds']:,.0f} s",
+    )
+
+
+def _describe_difference(run: Run, first: Run) -> tuple[str, str, str]:
+    p_value = compute_mcnemar(_find_correct(first), _find_correct(run))
+    difference = 100 * (run.metrics.accuracy - first.metrics.accuracy)
+    verdict = "can be told apart" if p_value < SIGNIFICANT else "cannot be told apart"
+    return f"{difference:+.2f} points", f"{p_value:.2g}", verdict
+
+
+def _find_correct(run: Run) -> NDArray[np.bool_]:
+    """Which images of the test split `run` gets right: (N,)."""
+    correct: NDArray[np.bool_] = run.metrics.probabilities.argmax(1) == run.data.test.labels
+    return correct
 
 
 def _format(value: Any) -> str:
