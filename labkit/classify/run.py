@@ -192,7 +192,7 @@ class Run:
 
     def _choose_saliency(self) -> Method | None:
         """The method by which `attention` shows where the model looks; None if there is none."""
-        return choose_method(self.model, self._normalise(self.data.test.images[:1]))
+        return choose_method(self.model, self._normalise(self.data.test.images[:2]))
 
     def _normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         """Images (N, H, W, 3) as the model takes them: (N, 3, H, W), on its device."""

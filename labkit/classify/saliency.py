@@ -38,7 +38,7 @@ def choose_method(model: nn.Module, images: Tensor) -> Method | None:
     """
     if has_attention(model):
         return "Attention roll-out"
-    maps, _ = _record_feature_maps(model, images[:1])
+    maps, _ = _record_feature_maps(model, images[:2])
     return "Grad-CAM" if maps else None
 
 
@@ -114,7 +114,8 @@ def _record_feature_maps(model: nn.Module, images: Tensor) -> tuple[list[Tensor]
             maps.append(output)
 
     with use_eval_mode(model), _use_hooks(model, record):
-        logits: Tensor = model(images.detach().clone().requires_grad_())
+        # No leaf, so that a network may change its input in place.
+        logits: Tensor = model(images.detach().requires_grad_().clone())
     if not maps or not logits.requires_grad:
         return [], logits
     gradients = torch.autograd.grad(logits.sum(), maps, retain_graph=True, allow_unused=True)

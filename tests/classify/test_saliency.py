@@ -118,7 +118,7 @@ def test_the_map_is_bright_where_the_evidence_is() -> None:
 
 
 class FrozenStem(nn.Module):
-    """Has a branch that the logits do not depend on, and frozen and trainable weights."""
+    """Has a branch that the logits do not depend on, frozen weights, and changes its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class FrozenStem(nn.Module):
         self.branch.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.stem(images)
+        features = self.stem(images.mul_(2))
         self.branch(features)
         logits: Tensor = self.head(self.drop(features.mean(dim=(2, 3))))
         return logits
@@ -139,11 +139,13 @@ def test_the_model_is_left_as_it_was() -> None:
     net, images = FrozenStem(), make_images(3)
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
+    given = images.clone()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with torch.no_grad():
         first = compute_grad_cam(net, images)
     torch.testing.assert_close(compute_grad_cam(net, images), first)  # no dropout
     assert not first.requires_grad and not images.requires_grad
+    torch.testing.assert_close(images, given, rtol=0, atol=0)
     assert net.training and net.drop.training and not net.branch.training
     assert [p.requires_grad for p in net.parameters()] == 4 * [False] + 4 * [True]
     assert all((parameter.grad == 0.5).all() for parameter in net.parameters())
