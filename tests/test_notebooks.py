@@ -86,15 +86,15 @@ def test_every_cell_of_q1_after_the_parameters_runs_on_small_data(
         "demo", model_options=small, epochs=2, batch_size=40, val_size=50, data="custom"
     )
     names = {"labkit": labkit, "notebook": notebook, "viz": viz, "Path": Path}
-    names |= {"data": data, "config": config, "folder": tmp_path / "run", "note": data.note}
-    names |= {"mirror": None, "callbacks": []}
+    names |= {"dataset": data, "train": data.train, "test": data.test, "note": data.note}
+    names |= {"config": config, "folder": tmp_path / "run", "mirror": None, "callbacks": []}
     monkeypatch.chdir(tmp_path)
     for cell in code_cells(ROOT / "q1.ipynb"):
         if cell.id not in ("cell-02", "cell-04", "cell-05", "cell-07", "tensorboard"):
             exec(compile(cell.source, cell.id, "exec"), names)
     said = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"^loss (\S+)$", said, re.MULTILINE)]
-    assert len(losses) == 8 and abs(losses[0] - 2.3) < 0.5
+    assert len(losses) == 8 and abs(losses[0] - 2.3) < 0.5 and losses[-1] < losses[0]
     accuracy = f"{names['run'].metrics.accuracy:.2%}"  # type: ignore[attr-defined]
     assert f"saved {accuracy}, loaded and measured again {accuracy}" in said
     assert re.search(r"grey +\d+\.\d% of 300 images right", said)
