@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from labkit.classify.fit import fit
     from labkit.classify.metrics import Metrics
     from labkit.classify.models import create_model, list_models
-    from labkit.classify.run import Run, load_run
+    from labkit.classify.run import Run, compare_runs, load_run
     from labkit.classify.trainer import Callback, TensorBoard
     from labkit.images import load_image
     from labkit.object_scenes import make_object_scene
@@ -34,6 +34,7 @@ __all__ = [
     "TensorBoard",
     "TextSegmenter",
     "TrainConfig",
+    "compare_runs",
     "create_model",
     "evaluate",
     "fit",
@@ -63,6 +64,7 @@ _MODULES = {
     "create_model": "labkit.classify.models",
     "list_models": "labkit.classify.models",
     "Run": "labkit.classify.run",
+    "compare_runs": "labkit.classify.run",
     "load_run": "labkit.classify.run",
     "Callback": "labkit.classify.trainer",
     "TensorBoard": "labkit.classify.trainer",

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from labkit import viz
 from labkit.classify.augment import TrainLoader
 from labkit.classify.config import TrainConfig, get_preset
 from labkit.classify.data import ImageData, train_val_split
 from labkit.classify.evaluate import evaluate
+from labkit.classify.fit import prepare
 from labkit.classify.models import create_from_config
-from labkit.runtime import InputError, resolve_precision, use_seed
+from labkit.classify.optim import set_lr
+from labkit.images import load_image
+from labkit.runtime import (
+    InputError,
+    Precision,
+    World,
+    pick_device,
+    resolve_precision,
+    use_seed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,6 +126,64 @@ def name_run(config: TrainConfig) -> str:
     if config.image_size != preset.image_size:
         parts.append(f"{config.image_size}px")
     return "-".join([*parts, f"seed{config.seed}"])
+
+
+def prepare_training(
+    data: ImageData, config: TrainConfig, device: str = "auto"
+) -> tuple[TrainLoader, nn.Module, Optimizer, GradScaler, Precision]:
+    """What a training loop needs, as `labkit.fit` makes it: for a loop of one's own to read.
+
+    Args:
+        data: its training images are used.
+        config: the recipe.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+
+    Returns:
+        The loader of augmented batches; the untrained network in training mode; the optimiser, at
+        a tenth of the peak learning rate, as no warm-up comes before; the scaler of the loss,
+        which does nothing but in fp16; the precision.
+    """
+    target = pick_device(device)
+    precision = resolve_precision(config.precision, target)
+    config = dataclasses.replace(config, compile=False)
+    with use_seed(config.seed):
+        trainer, state = prepare(config, data.train, target, precision, World())
+    state.model.train()
+    set_lr(state.optimizer, 0.1)
+    return trainer.loader, state.model, state.optimizer, state.scaler, precision
+
+
+def load_own_image(source: str, data: ImageData) -> NDArray[np.uint8]:
+    """The image to classify: (H, W, 3) uint8.
+
+    Args:
+        source: a path or an address; `upload` opens Colab's file chooser; "" takes the first
+            image of the test split.
+        data: the images of the run.
+
+    Raises:
+        InputError: `source` is no image, nothing was uploaded, or this is not Colab.
+        SourceError: it could not be read or fetched.
+
+    Example:
+        >>> images, labels = np.zeros((2, 8, 8, 3), np.uint8), [0, 1]
+        >>> data = ImageData.from_splits((images, labels), (images, labels))
+        >>> load_own_image("", data).shape
+        (8, 8, 3)
+    """
+    if not source:
+        first: NDArray[np.uint8] = data.test.images[0]
+        return first
+    if source != "upload":
+        return load_image(source)
+    try:
+        from google.colab import files
+    except ImportError as error:
+        raise InputError("only Colab can upload; elsewhere give the path of the image") from error
+    uploaded: list[bytes] = list(files.upload().values())
+    if not uploaded:
+        raise InputError("nothing was uploaded; run the cell again, or give a path or an address")
+    return load_image(uploaded[0])
 
 
 def show_augmentations(

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, PALE_BLUE, RED, AMBER = "#0072B2", "#8CBFDE", "#D55E00", "#E69F00"
+COLOURS = (BLUE, RED, "#009E73", AMBER, "#CC79A7")
 INK, SOFT, LINE = "#1f2430", "#5b6472", "#e3e6ea"
 DPI = 120
 CHARACTER = 0.068  # inches that a character of 8-point text takes on average
 TEXT_LINE = 0.15  # inches from one line of 8-point text to the next
+HEADING_LINE = 0.22  # inches that a line of 10-point text takes
 GAP = 0.08  # inches between images
+ROW = 0.24  # inches that a row of a table takes
 FEW_EPOCHS = 20
 MAX_CLASSES_WITH_COUNTS = 20
 MAX_TICK_LENGTH = 32  # characters of a class name beside an axis
 HEAT = "inferno"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK}
+TITLE: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": INK}
 SMALL: dict[str, Any] = {"fontsize": 8, "color": INK, "parse_math": False}
 
 
@@ -229,6 +233,67 @@ def plot_compared_curves(
     for text in axes.legend(**LEGEND).get_texts():
         text.set_parse_math(False)
     return figure
+
+
+@use_plain_text()
+def plot_comparison(
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    note: str = "",
+) -> Figure:
+    """Draw loss and accuracy of several runs over the epochs, and below them a table.
+
+    Dashed lines are training, solid ones validation.
+
+    Args:
+        histories: the rows of each run as `plot_learning_curves` takes them, by its name.
+        columns: the heads of the columns of the table.
+        rows: the cells of its rows; the first cell of a row is the widest.
+        note: the text of the tag, or "".
+
+    Raises:
+        InputError: a row has not one cell for each column.
+
+    Example:
+        >>> row = {"epoch": 1, "train_loss": 2.3, "train_accuracy": 0.1, "learning_rate": 0.01}
+        >>> figure = plot_comparison({"a": [row]}, ["run", "accuracy"], [["a", "10 %"]])
+        >>> [text.get_text() for text in figure.axes[2].texts]
+        ['run', 'accuracy', 'a', '10 %']
+    """
+    if any(len(row) != len(columns) for row in rows):
+        raise InputError(f"each row of the table must have {len(columns)} cells, one for a column")
+    table_height = ROW * (1 + len(rows))
+    figure = create_figure(10.5, 3.0 + table_height, note)
+    figure_axes: dict[str, Any] = figure.subplot_mosaic(
+        [["loss", "accuracy"], ["table", "table"]], height_ratios=(3.0, table_height)
+    )
+    epochs = [row["epoch"] for history in histories.values() for row in history]
+    for key, title, factor in (("loss", "Loss", 1.0), ("accuracy", "Accuracy (%)", 100.0)):
+        axes = figure_axes[key]
+        for (name, history), colour in zip(histories.items(), itertools.cycle(COLOURS)):
+            for part, style in (("train", "--"), ("validation", "-")):
+                label = f"{part}, {make_drawable(name, MAX_TICK_LENGTH)}"
+                _draw_curve(axes, history, f"{part}_{key}", factor, colour, label, style)
+        _style(axes, title, "epoch", "")
+        axes.set_xlim(min(epochs, default=1) - 0.5, max(epochs, default=1) + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for text in axes.legend(**LEGEND).get_texts():
+            text.set_parse_math(False)
+    _draw_table(figure_axes["table"], columns, rows)
+    return figure
+
+
+def _draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Draw the cells in columns, below their heads; the first column is twice as wide."""
+    starts = [0.0, *(np.arange(2, len(columns) + 1) / (len(columns) + 1)).tolist()]
+    for index, row in enumerate([columns, *rows]):
+        for start, cell in zip(starts, row, strict=True):
+            text = {**SMALL, "fontweight": "bold"} if index == 0 else SMALL
+            axes.text(start, index, make_drawable(cell, MAX_TICK_LENGTH), va="center", **text)
+    axes.axhline(0.5, color=LINE, linewidth=1.0)
+    axes.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.5))
+    axes.set_axis_off()
 
 
 @use_plain_text()
@@ -464,17 +529,16 @@ def plot_attention(
     maps: NDArray[np.floating[Any]],
     titles: Sequence[str] = (),
     note: str = "",
+    method: str = "Attention",
 ) -> Figure:
-    """Draw each image above its attention map.
-
-    Source of attention roll-out: Abnar and Zuidema, Quantifying Attention Flow in Transformers,
-    2020.
+    """Draw each image above the map of where the model looks.
 
     Args:
         images: (N, H, W, 3) uint8.
-        maps: (N, h, w) in [0, 1]; 1 where the model attends most.
+        maps: (N, h, w) in [0, 1]; 1 where the model looks most.
         titles: one for each image, or none.
         note: the text of the tag, or "".
+        method: how the maps were computed, the title of the figure.
 
     Raises:
         InputError: `images`, `maps` or `titles` do not fit.
@@ -491,12 +555,12 @@ def plot_attention(
         raise InputError(f"maps must be ({len(images)}, h, w), one an image, got {heat.shape}")
     if len(images):
         images = np.stack([_draw_above_heat(*pair) for pair in zip(images, heat, strict=True)])
-    figure = _draw_grid(images, titles, 8, cell=1.35, bottom=0.35, note=note)
+    figure = _draw_grid(images, titles, 8, cell=1.35, heading=method, bottom=0.35, note=note)
     axes = figure.axes[0]
     width, height = axes.get_xlim()[1], axes.get_ylim()[0]  # inches
     scale = axes.inset_axes((0.1 / width, 0.2 / height, 1.3 / width, 0.07 / height))
     bar = figure.colorbar(ScalarMappable(cmap=HEAT), cax=scale, orientation="horizontal")
-    bar.set_ticks([0, 0.5, 1], labels=["0", "attention", "1"], **SMALL)
+    bar.set_ticks([0, 0.5, 1], labels=["low", "", "high"], **SMALL)
     bar.ax.tick_params(length=0)
     bar.ax.spines["outline"].set_visible(False)
     return figure
@@ -623,7 +687,7 @@ def _make_stand_in(letter: str, fonts: Sequence[Any]) -> str:
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_facecolor("white")
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, parse_math=False)
+    axes.set_title(title, loc="left", parse_math=False, **TITLE)
     axes.set_xlabel(x, fontsize=9, color=SOFT)
     axes.set_ylabel(y, fontsize=9, color=SOFT)
     axes.tick_params(labelsize=8, color=LINE, labelcolor=SOFT)
@@ -640,12 +704,14 @@ def _draw_curve(
     factor: float,
     colour: str,
     label: str,
+    style: str = "-",
 ) -> None:
     points = [(row["epoch"], factor * row[key]) for row in history if row.get(key) is not None]
     if points:
         marker = "o" if len(history) <= FEW_EPOCHS else ""
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        line: dict[str, Any] = {"linewidth": 1.6, "linestyle": style}
+        axes.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5, **line)
 
 
 def _check_images(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -677,13 +743,15 @@ def _draw_grid(
     *,
     cell: float = 1.07,
     columns_apart: int = 0,
+    heading: str = "",
     bottom: float = 0.0,
     note: str,
 ) -> Figure:
     """Draw images in rows on one pair of axes whose unit is the inch.
 
     Each image is `cell` inches wide and stands below its wrapped title. A wider gap follows the
-    first `columns_apart` columns, and `bottom` inches are left free below the last row.
+    first `columns_apart` columns, a `heading` of one line stands above the first row, and
+    `bottom` inches are left free below the last row.
     """
     images = _check_images(images)
     if columns < 1:
@@ -694,7 +762,7 @@ def _draw_grid(
     wrapped = [textwrap.wrap(make_drawable(title), int(cell / CHARACTER)) for title in titles]
     title_heights = [TEXT_LINE * len(lines) for lines in wrapped] or [0.0] * len(images)
     corners: list[tuple[float, float]] = []  # top left, y downwards
-    top = 0.0
+    top = HEADING_LINE if heading else 0.0
     for start in range(0, len(images), columns):
         row = title_heights[start : start + columns]
         top += GAP + max(row)
@@ -711,6 +779,8 @@ def _draw_grid(
         axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
     for (x, y), lines in zip(corners, wrapped, strict=False):
         axes.text(x + cell / 2, y - 0.04, "\n".join(lines), va="bottom", ha="center", **SMALL)
+    if heading:
+        axes.text(GAP / 2, 0.04, make_drawable(heading), va="top", parse_math=False, **TITLE)
     if not corners:
         axes.text(width / 2, height / 2, "nothing to show", va="center", ha="center", **SMALL)
     axes.set(xlim=(0, width), ylim=(height, 0))

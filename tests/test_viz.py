@@ -77,6 +77,9 @@ FIGURES: dict[str, Callable[[str], Figure]] = {
     "augmentation": lambda note: viz.plot_augmentations(
         images(2), images(6).reshape(2, 3, 8, 8, 3), note=note
     ),
+    "comparison": lambda note: viz.plot_comparison(
+        {"a": history(3), "b": history(2)}, ["run", "p"], [["a", ""], ["b", "0.01"]], note
+    ),
 }
 
 
@@ -108,6 +111,9 @@ STRANGE_FIGURES: dict[str, Callable[[Sequence[str]], Figure]] = {
     ),
     "augmentation": lambda names: viz.plot_augmentations(
         images(2), images(6).reshape(2, 3, 8, 8, 3), note=" ".join(names)
+    ),
+    "comparison": lambda names: viz.plot_comparison(
+        {name: history(2) for name in names}, ["run"], [[name] for name in names], names[0]
     ),
 }
 
@@ -242,6 +248,9 @@ def test_nothing_to_show_is_a_figure_and_no_error() -> None:
     assert "nothing to show" in read_texts(viz.plot_images(images(0)))
     assert "nothing to show" in read_texts(viz.plot_mistakes(images(0), [], [], [], CLASSES))
     render(viz.plot_attention(images(0), np.zeros((0, 4, 4))))
+    assert "nothing to show" in read_texts(
+        viz.plot_predictions(images(0), np.zeros((0, 3)), CLASSES)
+    )
     render(viz.plot_augmentations(images(0), np.zeros((0, 2, 8, 8, 3), dtype=np.uint8)))
     render(viz.plot_reliability([], 0.0))
     render(viz.plot_class_scores([]))
@@ -328,6 +337,37 @@ def test_attention_is_brightest_where_the_map_is_highest_and_smooth() -> None:
     assert np.abs(np.diff(overlay, axis=0)).max() < 0.1 * np.ptp(overlay)
 
 
+def test_the_method_is_the_title_of_an_attention_figure() -> None:
+    figure = viz.plot_attention(images(1), np.ones((1, 4, 4)), ["cat"], method="Grad-CAM")
+    said = read_texts(figure)
+    assert "Grad-CAM" in said and "cat" in said
+    heading, title = (
+        next(t for t in figure.axes[0].texts if t.get_text() == text)
+        for text in ("Grad-CAM", "cat")
+    )
+    figure.canvas.draw()
+    assert heading.get_window_extent().y0 >= title.get_window_extent().y1
+
+
+def test_runs_are_drawn_over_one_axis_and_their_table_stands_below() -> None:
+    rows = history(3)
+    rows[2]["validation_accuracy"] = 0.25
+    cells = [["a", "50 %"], ["_b", "60 %"]]
+    figure = viz.plot_comparison({"a": rows, "_b": history(5)}, ["run", "accuracy"], cells)
+    loss, accuracy, table = figure.axes
+    lines = {str(line.get_label()): line for line in accuracy.lines}
+    assert set(lines) == {"train, a", "validation, a", "train, _b"}
+    np.testing.assert_allclose(lines["validation, a"].get_xydata(), [[3, 25]])
+    np.testing.assert_allclose(lines["train, _b"].get_ydata(), [0, 50, 200 / 3, 75, 80])
+    assert lines["train, a"].get_color() == lines["validation, a"].get_color()
+    assert lines["train, a"].get_color() != lines["train, _b"].get_color()
+    assert loss.get_xlim() == (0.5, 5.5)
+    legend = loss.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["train, a", "train, _b"]
+    assert [t.get_text() for t in table.texts] == ["run", "accuracy", "a", "50 %", "_b", "60 %"]
+
+
 def test_augmented_variants_stand_right_of_their_original() -> None:
     original, variants = images(2), images(6).reshape(2, 3, 8, 8, 3)
     figure = viz.plot_augmentations(original, variants)
@@ -352,6 +392,8 @@ def test_augmented_variants_stand_right_of_their_original() -> None:
         (lambda: viz.plot_confusion_matrix(np.eye(2), CLASSES), "3 × 3"),
         (lambda: viz.plot_attention(images(2), np.zeros((1, 4, 4))), "maps"),
         (lambda: viz.plot_augmentations(images(2), images(2)), "variants"),
+        (lambda: viz.plot_predictions(images(2), np.eye(3), CLASSES), "probabilities"),
+        (lambda: viz.plot_comparison({}, ["run", "p"], [["a"]]), "2 cells"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(draw: Callable[[], Figure], message: str) -> None:

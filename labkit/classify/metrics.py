@@ -4,8 +4,9 @@ Throughout, `probabilities` is (N, C) with rows that sum to 1, `labels` is (N,) 
 least 1, and the predicted class is the most probable one (the first of equals). Arrays that break
 this raise InputError.
 
-Sources: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927; Guo et
-al., On Calibration of Modern Neural Networks, 2017.
+Sources: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927;
+McNemar, Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages,
+1947; Guo et al., On Calibration of Modern Neural Networks, 2017.
 """
 
 from __future__ import annotations
@@ -61,6 +62,41 @@ def compute_accuracy_interval(correct: int, total: int, level: float = 0.95) -> 
 
     interval = binomtest(correct, total).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def compute_mcnemar(first: ArrayLike, second: ArrayLike) -> float:
+    """How likely chance alone parts two classifiers so far on the same images (McNemar, 1947).
+
+    Only the images that one of them gets right and the other one wrong count. If both classifiers
+    were equally good, either would be the right one as often as a coin shows heads; the exact
+    binomial test says how rare a split as uneven as this one would be then.
+
+    Args:
+        first: (N,) bool, which images the first classifier gets right.
+        second: (N,) bool, likewise, in the same order.
+
+    Returns:
+        The p-value in [0, 1], two-sided; below 0.05 the two are usually told apart.
+
+    Raises:
+        InputError: the arrays are not bool, or not of the same length.
+
+    Example:
+        >>> compute_mcnemar([True, True, True, False], [True, False, False, True])
+        1.0
+    """
+    one, other = np.asarray(first), np.asarray(second)
+    if one.dtype != bool or other.dtype != bool or one.ndim != 1 or one.shape != other.shape:
+        raise InputError(
+            "first and second must be bool of the same length, one an image, "
+            f"got {one.dtype} {one.shape} and {other.dtype} {other.shape}"
+        )
+    from scipy.stats import binomtest
+
+    only_one, only_other = int((one & ~other).sum()), int((~one & other).sum())
+    if only_one + only_other == 0:
+        return 1.0
+    return float(binomtest(only_one, only_one + only_other).pvalue)
 
 
 def compute_confusion_matrix(

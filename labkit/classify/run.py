@@ -21,11 +21,11 @@ from labkit.classify.checkpoint import CONFIG, HISTORY
 from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.evaluate import evaluate, match_training, predict_logits
-from labkit.classify.metrics import Metrics, find_confident_mistakes
+from labkit.classify.metrics import Metrics, compute_mcnemar, find_confident_mistakes
 from labkit.classify.models import create_from_config
+from labkit.classify.saliency import Method, choose_method, compute_saliency
 from labkit.classify.sources import crop_square
 from labkit.classify.trainer import TrainState
-from labkit.classify.vit import compute_attention_rollout, has_attention
 from labkit.files import describe_unreadable, open_atomic, write_json, write_json_lines
 from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
@@ -53,6 +53,16 @@ ATTENDED = 8
 TIMED = "steps, loading, augmentation and callbacks; not validation, checkpoints or start-up"
 GPU_MEMORY = "of tensors on the GPU, since this run was started or resumed"
 PROCESS_MEMORY = "of the whole process with its libraries and data, since it was started"
+SIGNIFICANT = 0.05  # a p-value below it tells two runs apart
+COMPARED = (
+    "run",
+    "test accuracy",
+    "95 % interval",
+    "trained in",
+    "against the first",
+    "p (McNemar)",
+    "so they",
+)
 WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
 
 
@@ -137,8 +147,8 @@ class Run:
 
     @property
     def has_attention(self) -> bool:
-        """Whether `attention` has something to show: the model is a Vision Transformer."""
-        return has_attention(self.model)
+        """Whether `attention` has something to show: the model has attention or feature maps."""
+        return self._choose_saliency() is not None
 
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.str_]:
         """The most probable class of each image: (N,) names.
@@ -194,22 +204,47 @@ class Run:
             self.note,
         )
 
+    def predictions(self, images: ImageSource | Sequence[ImageSource]) -> Figure:
+        """What the model takes images for: each beside its most probable classes.
+
+        Args:
+            images: as in `predict`; drawn as the model sees them.
+
+        Raises:
+            InputError: an image cannot be used.
+            SourceError: an image could not be read or fetched.
+        """
+        pixels = self.classifier.load_squares(images)
+        probabilities = self.predict_proba(pixels)
+        return viz.plot_predictions(pixels, probabilities, self.data.classes, note=self.note)
+
     def attention(self, images: ImageSource | Sequence[ImageSource] | None = None) -> Figure:
-        """Where a Vision Transformer looks: attention roll-out (Abnar and Zuidema, 2020).
+        """Where the model looks, and which class it sees there.
+
+        A Vision Transformer shows its attention roll-out (Abnar and Zuidema, 2020), another
+        network what speaks for the predicted class: Grad-CAM (Selvaraju et al., 2017).
 
         Args:
             images: as in `predict`; by default the first 8 of the test split.
 
         Raises:
-            InputError: the model has no attention (see `has_attention`).
+            InputError: the model has neither attention nor feature maps (see `has_attention`).
         """
         shown = self.data.test.images[:ATTENDED] if images is None else images
         pixels = self.classifier.load_squares(shown)
+        maps = compute_saliency(self.model, self._normalise(pixels)).cpu().numpy()
+        method = self._choose_saliency() or ""
+        return viz.plot_attention(pixels, maps, self.predict(pixels).tolist(), self.note, method)
+
+    def _choose_saliency(self) -> Method | None:
+        """The method by which `attention` shows where the model looks; None if there is none."""
+        return choose_method(self.model, self._normalise(self.data.test.images[:2]))
+
+    def _normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Images (N, H, W, 3) as the model takes them: (N, 3, H, W), on its device."""
         device = next(self.model.parameters()).device
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-        normalised = normalise(batch, self.config.mean, self.config.std)
-        maps = compute_attention_rollout(self.model, normalised)
-        return viz.plot_attention(pixels, maps.cpu().numpy(), note=self.note)
+        batch = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).to(device)
+        return normalise(batch, self.config.mean, self.config.std)
 
     def figures(self) -> dict[str, Figure]:
         """All figures of the run by title, as the report shows them."""
@@ -221,8 +256,8 @@ class Run:
         }
         if self.metrics.accuracy < 1:
             figures["Most confident mistakes"] = self.mistakes()
-        if self.has_attention:
-            figures["Attention roll-out"] = self.attention()
+        if method := self._choose_saliency():
+            figures[method] = self.attention()
         return figures
 
     def to_json(self) -> dict[str, Any]:
@@ -296,6 +331,71 @@ class Run:
             figures=self.figures(),
             tables={"Per class": Table(("class", "precision", "recall", "F1", "images"), rows)},
         )
+
+
+def compare_runs(runs: Mapping[str, Run]) -> Figure:
+    """Draw the curves of several runs, and whether their test accuracies can be told apart.
+
+    Each run is held against the first one with McNemar's test on the same test images. The
+    intervals and the test say what other test images could change, not what another random seed
+    would.
+
+    Args:
+        runs: two runs or more on the same data, by the names that the figure shows.
+
+    Raises:
+        InputError: there are fewer than two runs, or they were measured on different test images.
+
+    Example:
+        >>> from labkit import TrainConfig, fit
+        >>> images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        >>> data = ImageData.from_splits((images, np.arange(8) % 2), (images, np.arange(8) % 2))
+        >>> run = fit(
+        ...     TrainConfig(epochs=1, batch_size=4),
+        ...     model=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)),
+        ...     data=data,
+        ... )
+        >>> [axes.get_title(loc="left") for axes in compare_runs({"a": run, "b": run}).axes[:2]]
+        ['Loss', 'Accuracy (%)']
+    """
+    if len(runs) < 2:
+        raise InputError(f"compare_runs needs two runs or more, got {len(runs)}")
+    first, *others = runs.values()
+    names = list(runs)
+    for name, run in zip(names[1:], others, strict=True):
+        if run.data.fingerprint != first.data.fingerprint:
+            raise InputError(
+                f"{name!r} was measured on {run.data.name}, the first run on {first.data.name}: "
+                "load both with the same data, labkit.load_run(folder, data=data)"
+            )
+    rows = [(*_describe_accuracy(names[0], first), "", "", "")]
+    for name, run in zip(names[1:], others, strict=True):
+        rows.append((*_describe_accuracy(name, run), *_describe_difference(run, first)))
+    histories = {name: run.history for name, run in runs.items()}
+    return viz.plot_comparison(histories, COMPARED, rows, first.note)
+
+
+def _describe_accuracy(name: str, run: Run) -> tuple[str, str, str, str]:
+    low, high = run.metrics.accuracy_interval
+    return (
+        name,
+        f"{100 * run.metrics.accuracy:.2f} %",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        f"{run.facts['train_seconds']:,.0f} s",
+    )
+
+
+def _describe_difference(run: Run, first: Run) -> tuple[str, str, str]:
+    p_value = compute_mcnemar(_find_correct(first), _find_correct(run))
+    difference = 100 * (run.metrics.accuracy - first.metrics.accuracy)
+    verdict = "can be told apart" if p_value < SIGNIFICANT else "cannot be told apart"
+    return f"{difference:+.2f} points", f"{p_value:.2g}", verdict
+
+
+def _find_correct(run: Run) -> NDArray[np.bool_]:
+    """Which images of the test split `run` gets right: (N,)."""
+    correct: NDArray[np.bool_] = run.metrics.probabilities.argmax(1) == run.data.test.labels
+    return correct
 
 
 def _format(value: Any) -> str:

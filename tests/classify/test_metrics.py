@@ -192,3 +192,22 @@ def test_metrics_reject_arrays_that_do_not_fit() -> None:
     with pytest.raises(InputError, match="tta_probabilities"):
         wider = np.pad(table, ((0, 0), (0, 1)))
         Metrics.from_probabilities(table, labels, CLASSES, wider)
+
+
+@pytest.mark.parametrize("won, lost", [(0, 0), (3, 3), (8, 2), (0, 5), (1, 30), (60, 41)])
+def test_mcnemar_is_the_exact_test_of_a_fair_coin(won: int, lost: int) -> None:
+    flips = won + lost
+    tail = sum(math.comb(flips, heads) for heads in range(max(won, lost), flips + 1))
+    expected = min(1.0, 2 * tail / 2**flips) if flips else 1.0
+    both = [True] * 40 + [False] * 20  # images on which they agree tell nothing
+    first = np.array(both + [True] * won + [False] * lost)
+    second = np.array(both + [False] * won + [True] * lost)
+    assert metrics.compute_mcnemar(first, second) == pytest.approx(expected, abs=1e-12)
+    assert metrics.compute_mcnemar(second, first) == metrics.compute_mcnemar(first, second)
+
+
+def test_mcnemar_refuses_what_is_not_right_or_wrong() -> None:
+    with pytest.raises(InputError, match="bool of the same length"):
+        metrics.compute_mcnemar([0.5, 0.2], [True, False])
+    with pytest.raises(InputError, match="bool of the same length"):
+        metrics.compute_mcnemar([True], [True, False])

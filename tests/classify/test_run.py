@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from labkit.classify.config import AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, Split, load_data
 from labkit.classify.fit import fit
-from labkit.classify.run import Run, load_classifier, load_run
+from labkit.classify.run import Run, compare_runs, load_classifier, load_run
 from labkit.runtime import InputError
 
 
@@ -89,7 +90,7 @@ def test_an_image_that_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None
         run.predict(tmp_path / "gone.png")
 
 
-def test_every_figure_is_a_method(run: Run) -> None:
+def test_every_figure_is_a_method(run: Run, squares: ImageData) -> None:
     figures = [
         run.learning_curves(),
         run.confusion_matrix(),
@@ -98,10 +99,69 @@ def test_every_figure_is_a_method(run: Run) -> None:
         run.mistakes(),
         run.attention(),
         run.attention(np.zeros((2, 40, 30, 3), np.uint8)),
+        run.predictions(squares.test.images[0]),
+        run.predictions([squares.test.images[0], np.zeros((40, 30, 3), np.uint8)]),
     ]
     assert all(isinstance(figure, Figure) for figure in figures)
     assert run.has_attention
     assert {"Learning curves", "Confusion matrix", "Attention roll-out"} <= run.figures().keys()
+
+
+def create_convolutional_net() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 3),
+    )
+
+
+def test_a_convolutional_network_of_your_own_shows_where_it_looks(
+    squares: ImageData, tmp_path: Path
+) -> None:
+    config = TrainConfig(epochs=1, batch_size=32, image_size=16)
+    run = fit(config, model=create_convolutional_net(), data=squares, out=tmp_path, device="cpu")
+    assert run.has_attention
+    figure = run.attention(squares.test.images[:2])
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert said[:2] == run.predict(squares.test.images[:2]).tolist() and "Grad-CAM" in said
+    assert "Grad-CAM" in run.figures() and "Attention roll-out" not in run.figures()
+    assert "Grad-CAM" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_are_compared_on_the_images_that_both_saw(run: Run, squares: ImageData) -> None:
+    config = TrainConfig(epochs=1, image_size=16)
+    weak = fit(config, model=create_convolutional_net(), data=squares, device="cpu")
+    labels = squares.test.labels
+    right, weakly_right = (one.metrics.probabilities.argmax(1) == labels for one in (run, weak))
+    won, lost = (right & ~weakly_right).sum(), (~right & weakly_right).sum()
+    assert won > lost + 10
+    # The exact test of a fair coin that showed at least `won` heads, on either side.
+    tail = sum(math.comb(won + lost, heads) for heads in range(won, won + lost + 1))
+    p_value = min(1.0, 2 * tail / 2 ** int(won + lost))
+    first, second = (
+        compare_runs({"ViT": run, "conv": weak, "ViT again": run}),
+        compare_runs({"conv": weak, "conv again": weak}),
+    )
+    said = [text.get_text() for text in first.axes[2].texts]
+    assert f"{p_value:.2g}" in said and "can be told apart" in said
+    assert f"{100 * weak.metrics.accuracy:.2f} %" in said
+    difference = 100 * (weak.metrics.accuracy - run.metrics.accuracy)
+    assert f"{difference:+.2f} points" in said
+    said = [text.get_text() for text in second.axes[2].texts]
+    assert said[-2:] == ["1", "cannot be told apart"]
+
+
+def test_runs_on_different_test_images_are_not_compared(run: Run, squares: ImageData) -> None:
+    swapped = dataclasses.replace(
+        run, data=ImageData.from_splits(squares.test, squares.train, name="swapped")
+    )
+    with pytest.raises(InputError, match=r"'b' was measured on swapped"):
+        compare_runs({"a": run, "b": swapped})
+    with pytest.raises(InputError, match="two runs or more"):
+        compare_runs({"a": run})
 
 
 def test_attention_of_a_network_without_any_is_refused(run: Run) -> None:
