@@ -197,7 +197,7 @@ def make_network() -> nn.Module:
         )
 
 
-CONFIG = TrainConfig(epochs=2, batch_size=16, schedule="one-cycle", warmup_epochs=1)
+CONFIG = TrainConfig(epochs=2, batch_size=16, schedule="one-cycle", warmup=0.5)
 
 
 def fit_network(count: int, **options: Any) -> Run:
