@@ -103,7 +103,7 @@ def _print_metrics(run: Any, *, has_report: bool = True) -> None:
     low, high = metrics.accuracy_interval
     print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
     print(f"test accuracy   {metrics.accuracy:.2%}  (95 % interval {low:.2%} to {high:.2%})")
-    print(f"with flip TTA   {metrics.accuracy_tta:.2%}")
+    print(f"with TTA        {metrics.accuracy_tta:.2%}")
     if has_report:
         print(f"report          {run.folder / 'report.html'}")
 

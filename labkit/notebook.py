@@ -204,6 +204,6 @@ def describe_untrained(data: ImageData, config: TrainConfig, device: str = "auto
     _, sample = train_val_split(data.train, 1000)
     with use_seed(config.seed):
         model = create_from_config(config, len(data.classes), pretrained=False)
-    metrics = evaluate(model, sample, mean=config.mean, std=config.std, device=device, tta=False)
+    metrics = evaluate(model, sample, mean=config.mean, std=config.std, device=device, tta="none")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{parameters:,} parameters, untrained: {metrics.accuracy:.1%} of 1,000 images right"

@@ -207,7 +207,8 @@ class RunFolder:
 
     def _announce_extension(self, finished: int) -> None:
         config = self._config
-        factor = lr_factor(finished / config.epochs, config.warmup, config.schedule)
+        progress = finished / config.epochs
+        factor = lr_factor(progress, config.warmup, config.schedule, config.final_lr)
         logger.warning(
             "%s: the finished run of %d epochs goes on to %d. From here it follows the schedule "
             "of a run of %d epochs: the learning rate goes on at %.3g of its peak",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from labkit.runtime import (
     resolve_precision,
 )
 
+TestTimeAugmentation = Literal["none", "flip", "flip-shift"]
+
 
 @torch.inference_mode()
 def predict_logits(
@@ -36,6 +39,7 @@ def predict_logits(
     device: torch.device,
     precision: Precision,
     flip: bool = False,
+    shift: int = 0,
     batch_size: int = 500,
 ) -> Tensor:
     """Logits of images, batch by batch.
@@ -48,6 +52,8 @@ def predict_logits(
         device: where the model is.
         precision: arithmetic of the forward passes.
         flip: show the model the mirror images.
+        shift: pixels by which to move the images to the left and up before that; negative for
+            right and down. The border is mirrored.
         batch_size: images per forward pass.
 
     Returns:
@@ -59,8 +65,19 @@ def predict_logits(
             pixels = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
             batch = normalise(pixels.permute(0, 3, 1, 2), mean, std)
             with precision.autocast(device):
-                logits.append(model(batch.flip(3) if flip else batch).float().cpu())
+                view = _shift(batch, shift)
+                logits.append(model(view.flip(3) if flip else view).float().cpu())
     return torch.cat(logits)
+
+
+def _shift(images: Tensor, shift: int) -> Tensor:
+    """Images (B, C, H, W) moved by `shift` pixels to the left and up."""
+    if shift == 0:
+        return images
+    width = abs(shift)
+    padded = F.pad(images, (width, width, width, width), mode="reflect")
+    start = width + shift
+    return padded[..., start : start + images.shape[2], start : start + images.shape[3]]
 
 
 def match_training(
@@ -113,9 +130,9 @@ def evaluate(
     std: Sequence[float] = CIFAR10_STD,
     precision: PrecisionName | Precision = "auto",
     device: str = "auto",
-    tta: bool = True,
+    tta: TestTimeAugmentation = "flip",
 ) -> Metrics:
-    """Measure `model` on a labelled split, without and with the mirrored view averaged in.
+    """Measure `model` on a labelled split, without and with test-time augmentation.
 
     Args:
         model: takes normalised images (B, 3, H, W), gives logits (B, C). It is moved to `device`
@@ -125,7 +142,9 @@ def evaluate(
         std: channel deviations that the model was trained with.
         precision: arithmetic of the forward passes, as in `TrainConfig`.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
-        tta: whether the mirrored view is measured at all, which takes as long again.
+        tta: views whose logits are averaged: image and mirror image (`flip`), which takes as long
+            again; both also shifted by a pixel either way (`flip-shift`, six views; the shifted
+            ones together count half, as in Jordan 2024, arXiv 2404.00498); or none of it.
 
     Raises:
         InputError: the split is empty, the model cannot classify images of this size, or it gives
@@ -155,9 +174,16 @@ def evaluate(
             "give it images of the size that it was trained on"
         ) from error
     averaged = None
-    if tta:
-        mirrored = predict_logits(model, split.images, **options, flip=True)
-        averaged = ((plain + mirrored) / 2).softmax(1).numpy()
+    if tta != "none":
+        logits = (plain + predict_logits(model, split.images, **options, flip=True)) / 2
+        if tta == "flip-shift":
+            shifted = [
+                predict_logits(model, split.images, **options, flip=flip, shift=shift)
+                for flip in (False, True)
+                for shift in (1, -1)
+            ]
+            logits = (logits + torch.stack(shifted).mean(0)) / 2
+        averaged = logits.softmax(1).numpy()
     return Metrics.from_probabilities(
         plain.softmax(1).numpy(), split.labels, split.classes, averaged
     )

@@ -22,7 +22,7 @@ from labkit.classify.data import ImageData, ImagesAndLabels, Split, load_data, t
 from labkit.classify.evaluate import evaluate, predict_logits
 from labkit.classify.metrics import compute_nll
 from labkit.classify.models import create_from_config
-from labkit.classify.optim import create_optimizer
+from labkit.classify.optim import Lookahead, create_optimizer
 from labkit.classify.run import METRICS, Run, collect_facts
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.trainer import (
@@ -175,6 +175,7 @@ def fit(
             std=config.std,
             precision=precision,
             device=str(target),
+            tta=config.tta,
         )
     facts = collect_facts(config, data, state, target, precision)
     run = Run(
@@ -291,16 +292,11 @@ def prepare(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if own_model:
         _check_logits(model, train, config, device)
-    ema = None
-    if config.ema_decay:
-        from timm.utils.model_ema import ModelEmaV3
-
-        ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
     state = TrainState(
         model=model,
         optimizer=_resolve_optimizer(optimizer, model, config),
         scaler=GradScaler(device.type, enabled=precision.scale_loss),
-        ema=ema,
+        ema=_create_average(model, config, len(train), world),
         sums=torch.zeros(3, device=device),
     )
     if config.sync_batch_norm and world.size > 1:
@@ -314,6 +310,20 @@ def prepare(
     if world.size > 1:
         forward = DistributedDataParallel(forward)
     return Trainer(config, loader, forward, device, precision, world), state
+
+
+def _create_average(
+    model: nn.Module, config: TrainConfig, num_images: int, world: World
+) -> nn.Module | None:
+    """The averaged weights of `config`, which begin as those of `model`."""
+    if config.lookahead:
+        steps = len(cut_batches(num_images, config.batch_size, 2 * world.size))
+        return Lookahead(model, config.lookahead, steps * config.epochs)
+    if config.ema_decay:
+        from timm.utils.model_ema import ModelEmaV3
+
+        return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
+    return None
 
 
 def _check_world(config: TrainConfig, train: Split, device: torch.device, world: World) -> None:

@@ -176,6 +176,8 @@ class UpsampledBackbone(nn.Module):
         image_size: height and width in pixels of the images that the backbone takes.
         input_mean: per-channel mean the images come normalised with, of pixels in [0, 1].
         input_std: per-channel standard deviation likewise.
+        crop_scale: smallest share of an image, in (0, 1], that a training step sees. A random
+            rectangle of at least this area is enlarged, which is finer than a crop before.
     """
 
     scale: Tensor
@@ -187,8 +189,10 @@ class UpsampledBackbone(nn.Module):
         image_size: int,
         input_mean: Sequence[float],
         input_std: Sequence[float],
+        crop_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.crop_scale = crop_scale
         self.backbone = backbone
         self.image_size = image_size
         config = backbone.pretrained_cfg
@@ -201,6 +205,8 @@ class UpsampledBackbone(nn.Module):
     def adapt(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) as the backbone wants them: (B, 3, image_size, image_size)."""
         renormalised = images * self.scale + self.shift
+        if self.training and self.crop_scale < 1:
+            return _enlarge_rectangles(renormalised, self.image_size, self.crop_scale)
         return F.interpolate(
             renormalised, (self.image_size, self.image_size), mode="bicubic", align_corners=False
         )
@@ -225,11 +231,25 @@ class UpsampledBackbone(nn.Module):
         return AttentionRecord(maps, readout, tuple(self.backbone.patch_embed.grid_size))
 
 
+def _enlarge_rectangles(images: Tensor, image_size: int, crop_scale: float) -> Tensor:
+    """Enlarge a random rectangle of each image (B, 3, H, W) to (B, 3, image_size, image_size).
+
+    Its sides keep a share of those of the image between the square root of `crop_scale` and 1.
+    """
+    shares, places = torch.rand(2, len(images), 2, device=images.device)  # by x and y
+    shares = crop_scale**0.5 + (1 - crop_scale**0.5) * shares
+    centres = (2 * places - 1) * (1 - shares)  # the image reaches from -1 to 1
+    transforms = torch.cat([torch.diag_embed(shares), centres.unsqueeze(2)], dim=2)  # (B, 2, 3)
+    shape = [len(images), 3, image_size, image_size]
+    grid = F.affine_grid(transforms, shape, align_corners=False)
+    return F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=False)
+
+
 def _create_finetune_model(num_classes: int, image_size: int, **options: Any) -> nn.Module:
     """A pretrained ViT of timm for small images.
 
     Options: `backbone`, `pretrained` (True), `img_size` (that of the pretraining), `input_mean`
-    and `input_std` (CIFAR-10's); the others go to timm.
+    and `input_std` (CIFAR-10's), `crop_scale` (1); the others go to timm.
     """
     from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 
@@ -237,6 +257,9 @@ def _create_finetune_model(num_classes: int, image_size: int, **options: Any) ->
     name = settings.pop("backbone", _FINETUNE_BACKBONE)
     mean = settings.pop("input_mean", CIFAR10_MEAN)
     std = settings.pop("input_std", CIFAR10_STD)
+    crop_scale = settings.pop("crop_scale", 1.0)
+    if not 0 < crop_scale <= 1:
+        raise InputError(f"crop_scale must be above 0 and at most 1, got {crop_scale}")
     size = settings.get("img_size") or _find_timm_config(name).input_size[-1]
     backbone: Any = _create_timm_model(name, num_classes, size, **settings)
     if type(backbone) is not TimmTransformer or backbone.global_pool not in ("token", "avg"):
@@ -244,7 +267,7 @@ def _create_finetune_model(num_classes: int, image_size: int, **options: Any) ->
             f"backbone {name!r} is no plain Vision Transformer with a class token or mean pooling; "
             f"use one such as {_FINETUNE_BACKBONE!r}, or model={name!r} by itself"
         )
-    return UpsampledBackbone(backbone, size, mean, std)
+    return UpsampledBackbone(backbone, size, mean, std, crop_scale)
 
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {

@@ -318,7 +318,7 @@ class Run:
         low, high = metrics.accuracy_interval
         facts = {
             "Test accuracy": f"{metrics.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})",
-            "With mirrored view (TTA)": f"{metrics.accuracy_tta:.2%}",
+            f"With test-time augmentation ({self.config.tta})": f"{metrics.accuracy_tta:.2%}",
             "Calibration error (ECE)": f"{metrics.ece:.3f}",
             **{key.replace("_", " ").capitalize(): _format(v) for key, v in self.facts.items()},
         }
@@ -542,6 +542,7 @@ def load_run(
         std=config.std,
         precision=_resolve_for(config, target),
         device=str(target),
+        tta=config.tta,
     )
     return Run(
         config=config,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from labkit.classify.augment import TrainLoader
 from labkit.classify.config import TrainConfig
-from labkit.classify.optim import lr_at, set_lr
+from labkit.classify.optim import lr_at, momentum_at, set_lr, set_momentum
 from labkit.rng import permutation
 from labkit.runtime import (
     InputError,
@@ -142,7 +142,10 @@ class Trainer:
         """
         config = self.config
         number = state.epoch * self.steps_per_epoch + state.step
-        set_lr(state.optimizer, lr_at(number, self.steps_per_epoch, config))
+        progress = number / (config.epochs * self.steps_per_epoch)
+        set_lr(state.optimizer, lr_at(number, self.steps_per_epoch, config), progress)
+        if config.cycle_momentum:
+            set_momentum(state.optimizer, momentum_at(progress, config.warmup))
         # Dropout and its kin become a function of the step, so that no generator needs saving.
         torch.manual_seed(_make_step_seed(config.seed, number, self.world.rank))
         with self.precision.autocast(self.device):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -50,10 +52,38 @@ def test_metrics_are_those_of_the_plain_and_of_the_averaged_view(squares: ImageD
     assert metrics.classes == squares.classes
 
 
+def test_shifted_views_count_half_as_in_airbench(squares: ImageData) -> None:
+    images, labels = squares.test.images, squares.test.labels
+    options: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "device": "cpu"}
+    metrics = evaluate(Brightness(), squares.test, tta="flip-shift", **options)
+
+    def measure_both(images: np.ndarray) -> np.ndarray:
+        return (expected_logits(images) + expected_logits(images[:, :, ::-1])) / 2
+
+    wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = [measure_both(wide[:, :-2, :-2]), measure_both(wide[:, 2:, 2:])]
+    averaged = (measure_both(images) + np.mean(shifted, axis=0)) / 2
+    assert metrics.accuracy_tta == np.mean(averaged.argmax(1) == labels)
+    model = Brightness()
+    evaluate(model, squares.test, tta="flip-shift", **options)
+    assert len(model.seen) == 6
+
+
+def test_a_shift_moves_left_and_up_and_mirrors_the_border(squares: ImageData) -> None:
+    options: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "precision": FP32}
+    images = squares.test.images[:3]
+    wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    for shift, view in ((1, wide[:, 2:, 2:]), (-1, wide[:, :-2, :-2])):
+        logits = predict_logits(
+            Brightness(), images, device=torch.device("cpu"), shift=shift, **options
+        )
+        np.testing.assert_allclose(logits, expected_logits(view), atol=1e-5)
+
+
 def test_without_tta_each_image_is_seen_once(squares: ImageData) -> None:
     twice, once = Brightness(), Brightness()
     both = evaluate(twice, squares.test, device="cpu")
-    plain = evaluate(once, squares.test, device="cpu", tta=False)
+    plain = evaluate(once, squares.test, device="cpu", tta="none")
     assert (len(twice.seen), len(once.seen)) == (2, 1)
     assert plain.accuracy == both.accuracy
     assert plain.accuracy_tta is None and plain.accuracy_tta_interval is None

@@ -143,15 +143,23 @@ def test_global_random_state_is_left_as_found(squares: ImageData, tiny_config: T
     assert np.array_equal(np.random.get_state()[1], before[1])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd"},
+        {"optimizer": "muon"},
+        {"ema_decay": 0.0, "lookahead": 4, "cycle_momentum": True},
+    ],
+)
 def test_resume_is_bit_exact_mid_epoch(
     squares: ImageData,
     tiny_config: TrainConfig,
     tmp_path: Path,
-    optimizer: str,
+    changes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = dataclasses.replace(tiny_config, optimizer=optimizer, learning_rate=0.01)
+    config = dataclasses.replace(tiny_config, learning_rate=0.01, **changes)
     whole = fit(config, data=squares)
 
     steps = iter(range(100))

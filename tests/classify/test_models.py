@@ -98,6 +98,26 @@ def test_the_backbone_sees_enlarged_images_normalised_its_own_way() -> None:
     torch.testing.assert_close(model.adapt(images), expected, atol=1e-5, rtol=0)
 
 
+def test_a_training_view_is_a_rectangle_of_the_image_and_evaluation_sees_all_of_it() -> None:
+    model = finetune(crop_scale=0.25, input_mean=(0.0,) * 3, input_std=(1.0,) * 3)
+    model.scale, model.shift = torch.ones(3, 1, 1), torch.zeros(3, 1, 1)
+    ramp = torch.linspace(0, 1, 64)
+    images = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, torch.zeros(64, 64)]).repeat(
+        200, 1, 1, 1
+    )
+    model.train()
+    with use_seed(0):
+        views = model.adapt(images)
+    x, y = views[:, 0].mean(1), views[:, 1].mean(2)  # the ramps along their axes
+    for line in (x, y):
+        shares = line[:, -1] - line[:, 0]  # of a side; corners are half a pixel inside
+        assert 0.45 < shares.min() < 0.55 and 0.95 < shares.max() < 1.01
+        assert line.min() > -0.02 and line.max() < 1.02
+        assert line[:, 0].std() > 0.08
+    whole = model.eval().adapt(images[:1])
+    assert whole[0, 0, 0, 0] < 0.01 and whole[0, 0, 0, -1] > 0.99
+
+
 def test_finetuning_takes_another_size_and_has_attention(images: Tensor) -> None:
     model = finetune(num_classes=4, img_size=48)
     assert model.adapt(images).shape == (2, 3, 48, 48)

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from labkit.classify.config import PRESETS, TrainConfig, get_preset
 from labkit.classify.models import create_model
-from labkit.classify.optim import create_optimizer, find_hidden_matrices, lr_at, lr_factor, set_lr
+from labkit.classify.optim import (
+    Lookahead,
+    create_optimizer,
+    find_hidden_matrices,
+    find_stem_bias,
+    lr_at,
+    lr_factor,
+    momentum_at,
+    set_lr,
+    set_momentum,
+)
+from labkit.runtime import InputError
 
 
 class Toy(nn.Module):
@@ -51,6 +65,36 @@ def test_one_cycle_is_torchs_one_cycle() -> None:
         assert factor == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_cycled_momentum_is_torchs(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    total = 101
+    kind: Any = optimizer_class
+    options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    parameters = [nn.Parameter(torch.zeros(1))]
+    theirs, ours = kind(parameters, lr=1.0, **options), kind(parameters, lr=1.0, **options)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        theirs, max_lr=1.0, total_steps=total, pct_start=0.3
+    )
+    peak = 0.3 * total - 1
+    for step in range(total - 1):
+        set_momentum(ours, momentum_at(step / (total - 1), peak / (total - 1)))
+        pairs = [
+            (group.get("momentum"), group.get("betas", (0,))[0])
+            for group in (theirs.param_groups[0], ours.param_groups[0])
+        ]
+        assert pairs[0] == pytest.approx(pairs[1], abs=1e-6)
+        theirs.step()
+        scheduler.step()
+
+
+def test_the_triangle_of_airbench() -> None:
+    """0.2 to 1 in the first 23 % of the run, then down to 0.07 (airbench94's own formula)."""
+    for step in range(100):
+        share = step / 23 if step < 23 else (step - 23) / 77
+        expected = 0.2 * (1 - share) + share if step < 23 else (1 - share) + 0.07 * share
+        assert lr_factor(step / 100, 0.23, "triangle", 0.07) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle"])
 def test_a_schedule_rises_to_its_peak_and_falls_towards_zero(schedule: str) -> None:
     factors = [lr_factor(step / 100, 0.2, schedule) for step in range(101)]
@@ -66,12 +110,11 @@ RATES = {
     "vit-classic": (0.004, 0.9983656644430494, 0.9225089144814889, 0.5199719923551266, 0.0),
     "vit": (0.04000236870310806, 0.5215079619932221, 0.9697867088470489, 0.5866538555606289, 4e-6),
     "vit-finetune": (0.04, 0.52, 0.9674128381980072, 0.5799405938459175, 0.0),
-    "speed": (0.21, 0.41, 0.996875, 0.621875, 0.0),
     "demo": (0.040236851024448836, 0.09937279357894548, 0.68259420171774, 0.8479570064705642, 4e-6),
 }
 """Factors at the start, at 5, 20 and 50 % and at the last step, with 50 steps an epoch.
 
-They were computed when the warm-up of the presets was a number of epochs.
+They were computed when the warm-up of these presets was a number of epochs.
 """
 
 
@@ -190,3 +233,56 @@ def test_muon_takes_the_convolutions_between_the_stem_and_the_head_of_a_resnet18
 def test_muon_takes_the_groups_of_the_speed_network_alone() -> None:
     names = name_hidden_matrices(create_model("speed"))
     assert len(names) == 6 and all(name.startswith("groups.") for name in names)
+
+
+def test_lookahead_follows_its_formula() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0]])
+    lookahead = Lookahead(model, every=5, total_steps=20)
+    slow = fast = np.array([[1.0, 2.0]])
+    for step in range(20):
+        model.weight.data += 1.0  # what an optimiser did
+        fast = fast + 1
+        lookahead.update(model, step)
+        if step % 5 == 4:
+            kept = 0.95**5 * ((step + 1) / 20) ** 3
+            slow = fast = kept * slow + (1 - kept) * fast
+        np.testing.assert_allclose(model.weight.detach(), fast, rtol=1e-6)
+        np.testing.assert_allclose(lookahead.module.weight, slow, rtol=1e-6)
+
+
+def test_the_bias_of_the_stem_is_trained_for_its_share_of_the_run_alone() -> None:
+    model = create_model("speed", widths=(8, 8, 8))
+    config = get_preset("speed", optimizer="sgd", stem_bias_until=0.3)
+    optimizer = create_optimizer(model, config)
+    (group,) = (group for group in optimizer.param_groups if group["until"] == 0.3)
+    assert group["params"] == [find_stem_bias(model)] == [model.whitening.bias]
+    set_lr(optimizer, 0.5, progress=0.29)
+    assert group["lr"] == 0.75
+    set_lr(optimizer, 0.5, progress=0.3)
+    assert group["lr"] == 0
+    others = [g["lr"] for g in optimizer.param_groups if g is not group]
+    assert sorted(set(others)) == [0.75, 48.0]
+
+
+def test_layer_decay_gives_the_rates_that_timm_gives() -> None:
+    from timm.optim import param_groups_layer_decay
+
+    model: Any = create_model("vit-finetune", backbone="test_vit", pretrained=False)
+    config = TrainConfig(learning_rate=1.0, layer_decay=0.5)
+    ours = {
+        id(parameter): group["peak_lr"]
+        for group in create_optimizer(model, config).param_groups
+        for parameter in group["params"]
+    }
+    theirs = {
+        id(parameter): group["lr_scale"]
+        for group in param_groups_layer_decay(model.backbone, 0.0, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    assert ours == theirs and len(set(ours.values())) > 4
+
+
+def test_layer_decay_needs_layers_that_timm_knows() -> None:
+    with pytest.raises(InputError, match="networks of timm, such as vit-finetune, got Toy"):
+        create_optimizer(Toy(), TrainConfig(layer_decay=0.5))
