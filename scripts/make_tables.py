@@ -29,7 +29,8 @@ NETWORKS = {
     "seed-resnet18": "ResNet18, ImageNet stem",
     "resnet18": "ResNet18, 3×3 stem",
     "vit-classic": "textbook ViT, 64 tokens",
-    "vit": "ViT with convolutional tokens",
+    "vit": "ViT, 64 tokens from a convolutional stem",
+    "vit-long": "ViT, 256 tokens after a convolution",
     "vit-finetune": "ViT-S/16, pretrained, 224 px",
     "speed": "network of the airbench family",
 }
