@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -513,8 +514,9 @@ def _parse_triple(text: str) -> tuple[float, float, float]:
 
 
 def _parse_option(text: str) -> Any:
-    """`text` as JSON has it, a number or a list among others; else the text itself."""
-    try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except json.JSONDecodeError:
-        return text
+    """`text` as JSON has it, or numbers with commas between them; else the text itself."""
+    lowered = text.lower() if text.lower() in ("true", "false") else text
+    for candidate in (lowered, f"[{text}]"):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(candidate)
+    return text

@@ -127,6 +127,9 @@ def test_settings_are_changed_by_their_texts() -> None:
     options = {**PRESETS["vit"].model_options, "depth": 6, "mimetic": False, "pool": "cls"}
     assert config.model_options == options
     assert change_settings(config, ()) == config
+    for text in ("8,16,16", "[8, 16, 16]"):
+        narrow = change_settings(PRESETS["speed"], [f"model_options.widths={text}"])
+        assert narrow.model_options == {"widths": [8, 16, 16]}
 
 
 @pytest.mark.parametrize(
