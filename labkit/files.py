@@ -328,12 +328,17 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 @contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
+def lock_file(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Let one process at a time work on `path`; the others wait at the start of the block.
 
     On a file system without locks nobody waits, so the work must also be atomic.
 
+    Args:
+        path: a file or folder, which need not exist; the lock stands beside it.
+        wait: whether to wait for another process; otherwise it is an error that there is one.
+
     Raises:
+        InputError: another process works on `path`, and `wait` is not set.
         SourceError: the folder of `path` cannot be written to.
 
     Example:
@@ -342,12 +347,17 @@ def lock_file(path: Path) -> Iterator[None]:
         >>> with lock_file(path):
         ...     _ = path.write_bytes(b"written by one process at a time")
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is at work on {path}; wait until it has ended, or choose another "
+            "folder"
+        ) from error
     except NotImplementedError:
         pass
     except OSError as error:

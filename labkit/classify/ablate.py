@@ -22,11 +22,10 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from labkit import viz
-from labkit.classify.checkpoint import CONFIG, HISTORY
+from labkit.classify.checkpoint import CONFIG, HISTORY, METRICS
 from labkit.classify.config import AugmentConfig, TrainConfig, get_preset
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.fit import fit
-from labkit.classify.run import METRICS
 from labkit.files import open_atomic, write_json
 from labkit.runtime import InputError, describe_device, get_versions, pick_device
 

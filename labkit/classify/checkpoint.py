@@ -8,13 +8,16 @@ generation behind, from which training goes on bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pickle
+import re
 import secrets
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from labkit.classify.config import TrainConfig
 from labkit.classify.optim import lr_factor
 from labkit.files import (
     compute_checksum,
+    describe_unreadable,
+    lock_file,
     mirror_folder,
     open_atomic,
     sync_folder,
@@ -35,9 +40,21 @@ from labkit.runtime import InputError, SourceError
 
 logger = logging.getLogger(__name__)
 
-CONFIG, HISTORY, CHECKPOINTS = "config.json", "history.jsonl", "checkpoints"
+CONFIG, HISTORY, METRICS = "config.json", "history.jsonl", "metrics.json"
+CHECKPOINTS = "checkpoints"
 STATE, CHECKSUM = "state.pt", "checksum.txt"
 KEPT_GENERATIONS = 2
+
+
+_GENERATION = re.compile(r"step-(\d+)")
+
+
+def _is_whole(generation: Path) -> bool:
+    """Whether a generation is there, and is what was written."""
+    try:
+        return compute_checksum(generation / STATE) == (generation / CHECKSUM).read_text()
+    except (OSError, ValueError):
+        return False
 
 
 class RunFolder:
@@ -69,11 +86,38 @@ class RunFolder:
         self._copier: threading.Thread | None = None
         self._verified: dict[str, list[int]] = {}
         self._has_warned = False
+        self._saved_moment: tuple[Any, Any] | None = None  # epoch and step of the newest one
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder inside the block.
+
+        Raises:
+            InputError: another process trains in this folder.
+        """
+        if self.folder is None or not self._writes:
+            yield
+            return
+        with lock_file(self.folder.resolve(), wait=False):
+            yield
 
     def generations(self) -> list[Path]:
-        """Folders of the generations, newest first."""
-        folders = [] if self.folder is None else list(self.folder.glob(f"{CHECKPOINTS}/step-*"))
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+        """Folders of the generations, newest first.
+
+        Raises:
+            SourceError: the folder of the checkpoints cannot be read.
+        """
+        if self.folder is None:
+            return []
+        folder = self.folder / CHECKPOINTS
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise describe_unreadable(folder, error) from error
+        steps = [int(match[1]) for match in map(_GENERATION.fullmatch, names) if match]
+        return [folder / f"step-{step}" for step in sorted(steps, reverse=True)]
 
     def restore_from_mirror(self) -> None:
         """Copy the run from its mirror, where only the mirror has it."""
@@ -140,12 +184,15 @@ class RunFolder:
             return
         folder = self.folder / CHECKPOINTS
         final, partial = folder / f"step-{step}", folder / f".partial-{secrets.token_hex(8)}"
+        moment = (state.get("epoch"), state.get("step"))
+        if None not in moment and moment == self._saved_moment and _is_whole(final):
+            return
         identity = {"config": self._config.to_json(), "fingerprint": self._fingerprint}
         try:
             with open_atomic(partial / STATE) as file:
                 torch.save({**identity, "state": state}, file)
             write_text(partial / CHECKSUM, compute_checksum(partial / STATE))
-            if final.exists():
+            if final.exists():  # of the same step before its epoch was closed, or damaged
                 os.replace(final, folder / f".replaced-{secrets.token_hex(8)}")
             os.replace(partial, final)
             sync_folder(folder)
@@ -156,10 +203,15 @@ class RunFolder:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        leftovers = [*folder.glob(".partial-*"), *folder.glob(".replaced-*")]
+        self._saved_moment = moment
+        leftovers = [*folder.glob(".partial-*"), *self._replaced()]
         for old in [*self.generations()[KEPT_GENERATIONS:], *leftovers]:
             shutil.rmtree(old, ignore_errors=True)
         self.update_mirror()
+
+    def _replaced(self) -> list[Path]:
+        """Generations that were moved aside by a process that was then killed."""
+        return [] if self.folder is None else sorted(self.folder.glob(f"{CHECKPOINTS}/.replaced-*"))
 
     def load_state(self, *, resume: bool = True) -> dict[str, Any] | None:
         """The state in the newest whole generation of this very run; None where there is none.
@@ -172,8 +224,14 @@ class RunFolder:
                 or of an older labkit.
             SourceError: there are some, but all are damaged.
         """
-        generations = self.generations()
-        if generations and not resume:
+        generations = [*self.generations(), *self._replaced()]
+        is_finished = self.folder is not None and (self.folder / METRICS).exists()
+        if is_finished and resume and not generations:
+            raise InputError(
+                f"{self.folder} holds a finished run whose checkpoints are gone; read it with "
+                "labkit.load_run, or train in another folder"
+            )
+        if (generations or is_finished) and not resume:
             raise InputError(
                 f"{self.folder} already holds a run; resume it (resume=True, --resume), "
                 "or choose another folder"
@@ -185,7 +243,7 @@ class RunFolder:
                     "the run with that version, or train in another folder"
                 )
             try:
-                if compute_checksum(generation / STATE) != (generation / CHECKSUM).read_text():
+                if not _is_whole(generation):
                     raise ValueError(f"{STATE} does not match its checksum")
                 saved = torch.load(generation / STATE, map_location="cpu", weights_only=True)
             except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
@@ -198,6 +256,8 @@ class RunFolder:
                     self._announce_extension(config.epochs)
                 config = dataclasses.replace(config, epochs=self._config.epochs)
             self._check_identity(config, saved["fingerprint"])
+            if _GENERATION.fullmatch(generation.name):
+                self._saved_moment = (state.get("epoch"), state.get("step"))
             return state
         if generations:
             raise SourceError(

@@ -16,20 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from labkit.classify.augment import TrainLoader, Transform, normalise
-from labkit.classify.checkpoint import RunFolder
+from labkit.classify.checkpoint import METRICS, RunFolder
 from labkit.classify.config import PRESETS, AugmentConfig, TrainConfig
 from labkit.classify.data import ImageData, ImagesAndLabels, Split, load_data, train_val_split
 from labkit.classify.evaluate import evaluate, predict_logits
 from labkit.classify.metrics import compute_nll
 from labkit.classify.models import create_from_config
 from labkit.classify.optim import Lookahead, create_optimizer
-from labkit.classify.run import METRICS, Run, collect_facts
+from labkit.classify.run import Run, collect_facts
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.trainer import (
     Callback,
     ProgressBar,
     Trainer,
     TrainState,
+    check_finite,
     check_health,
     cut_batches,
     share_batch,
@@ -108,10 +109,10 @@ def fit(
         The finished run. Where `out` holds one already and `resume` is set, that one.
 
     Raises:
-        InputError: a setting or one of your own things cannot be used, `out` holds another run,
-            or fp16 without a GPU.
+        InputError: a setting or one of your own things cannot be used, `out` holds another run or
+            one that another process trains, or fp16 without a GPU.
         SourceError: the data or pretrained weights could not be had, or the disk is full.
-        TrainingError: the loss became non-finite, or the loss scale collapsed.
+        TrainingError: the loss or the weights became non-finite, or the loss scale collapsed.
         KeyboardInterrupt: interrupted; the checkpoint is written first.
 
     Example:
@@ -139,58 +140,59 @@ def fit(
     folder = RunFolder(
         out, config, data.fingerprint, mirror=mirror, is_main_process=world.is_main_process
     )
-    backends = use_backends(target, deterministic=config.deterministic)
-    with world.join(target), use_seed(config.seed), backends:
-        folder.restore_from_mirror()
-        world.wait()
-        saved = folder.load_state(resume=resume)
-        split, validation = data.train, None
-        if config.val_size:
-            split, validation = train_val_split(data.train, config.val_size)
-        trainer, state = prepare(
-            config,
-            split,
-            target,
-            precision,
-            world,
-            model=model,
-            transform=transform,
-            optimizer=optimizer,
-            pretrained=saved is None,
+    with folder.lock():
+        backends = use_backends(target, deterministic=config.deterministic)
+        with world.join(target), use_seed(config.seed), backends:
+            folder.restore_from_mirror()
+            world.wait()
+            saved = folder.load_state(resume=resume)
+            split, validation = data.train, None
+            if config.val_size:
+                split, validation = train_val_split(data.train, config.val_size)
+            trainer, state = prepare(
+                config,
+                split,
+                target,
+                precision,
+                world,
+                model=model,
+                transform=transform,
+                optimizer=optimizer,
+                pretrained=saved is None,
+            )
+            if saved is not None:
+                state.restore(saved)
+            # While a finished run is given more epochs, its folder describes what is finished.
+            if folder.folder is None or not (folder.folder / METRICS).exists():
+                folder.save_config()
+            try:
+                _train(trainer, state, folder, validation, callbacks, save_every)
+            finally:
+                folder.finish_mirror()
+            _use_best(state)
+            metrics = evaluate(
+                state.model,
+                data.test,
+                mean=config.mean,
+                std=config.std,
+                precision=precision,
+                device=str(target),
+                tta=config.tta,
+            )
+        facts = collect_facts(config, data, state, target, precision)
+        run = Run(
+            config=config,
+            model=state.model,
+            data=data,
+            history=state.history,
+            metrics=metrics,
+            facts=facts,
+            folder=folder.folder,
         )
-        if saved is not None:
-            state.restore(saved)
-        # While a finished run is given more epochs, its folder describes what is finished.
-        if folder.folder is None or not (folder.folder / METRICS).exists():
+        if world.is_main_process:
             folder.save_config()
-        try:
-            _train(trainer, state, folder, validation, callbacks, save_every)
-        finally:
+            run.save()
             folder.finish_mirror()
-        _use_best(state)
-        metrics = evaluate(
-            state.model,
-            data.test,
-            mean=config.mean,
-            std=config.std,
-            precision=precision,
-            device=str(target),
-            tta=config.tta,
-        )
-    facts = collect_facts(config, data, state, target, precision)
-    run = Run(
-        config=config,
-        model=state.model,
-        data=data,
-        history=state.history,
-        metrics=metrics,
-        facts=facts,
-        folder=folder.folder,
-    )
-    if world.is_main_process:
-        folder.save_config()
-        run.save()
-        folder.finish_mirror()
     return run
 
 
@@ -435,6 +437,7 @@ def _train(
     """Train all epochs that `state` still has before it."""
 
     def save() -> None:
+        check_finite(state)
         folder.save_state(state.to_dict(), state.epoch * trainer.steps_per_epoch + state.step)
 
     with defer_interrupt() as interrupt:

@@ -17,7 +17,7 @@ from torch import nn
 
 from labkit import viz
 from labkit.classify.augment import normalise
-from labkit.classify.checkpoint import CONFIG, HISTORY
+from labkit.classify.checkpoint import CONFIG, HISTORY, METRICS
 from labkit.classify.config import TrainConfig
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.evaluate import evaluate, match_training, predict_logits
@@ -26,7 +26,13 @@ from labkit.classify.models import create_from_config
 from labkit.classify.saliency import Method, choose_method, compute_saliency
 from labkit.classify.sources import crop_square
 from labkit.classify.trainer import TrainState
-from labkit.files import describe_unreadable, open_atomic, write_json, write_json_lines
+from labkit.files import (
+    compute_checksum,
+    describe_unreadable,
+    open_atomic,
+    write_json,
+    write_json_lines,
+)
 from labkit.images import ImageSource, load_image
 from labkit.report import Table, write_report
 from labkit.runtime import (
@@ -63,7 +69,7 @@ COMPARED = (
     "p (McNemar)",
     "so they",
 )
-WEIGHTS, METRICS, REPORT = "model.safetensors", "metrics.json", "report.html"
+WEIGHTS, REPORT = "model.safetensors", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +293,8 @@ class Run:
         if target != self.folder:
             write_json(target / CONFIG, self.config.to_json())
             write_json_lines(target / HISTORY, [dict(row) for row in self.history])
-        write_json(target / METRICS, self.to_json())
+        digest = compute_checksum(target / WEIGHTS)
+        write_json(target / METRICS, {**self.to_json(), "weights_sha256": digest})
         self.report(target)
 
     def _choose_folder(self, folder: Path | str | None) -> Path:
@@ -533,7 +540,8 @@ def load_run(
         saved["evaluated_on"] = images.name
         saved["evaluated_on_fingerprint"] = images.fingerprint
     target = pick_device(device)
-    model = _load_weights(folder, config, len(images.classes), model)
+    digest = saved.pop("weights_sha256", None)
+    model = _load_weights(folder, config, len(images.classes), model, digest)
     history = _read(folder / HISTORY, _parse_lines)
     metrics = evaluate(
         model,
@@ -573,7 +581,8 @@ def load_classifier(folder: Path | str, *, device: str = "auto") -> Classifier:
         raise InputError(
             f"{folder} was trained with a network of your own: use labkit.load_run with model="
         )
-    model = _load_weights(folder, config, len(saved["classes"]), None).to(target)
+    digest = saved.pop("weights_sha256", None)
+    model = _load_weights(folder, config, len(saved["classes"]), None, digest).to(target)
     note = "demo: trained on procedural scenes" if saved.get("data") == "scenes" else ""
     return Classifier(config=config, model=model, classes=saved["classes"], note=note)
 
@@ -593,12 +602,21 @@ def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def _load_weights(
-    folder: Path, config: TrainConfig, num_classes: int, model: nn.Module | None
+    folder: Path,
+    config: TrainConfig,
+    num_classes: int,
+    model: nn.Module | None,
+    digest: str | None,
 ) -> nn.Module:
-    """The network of a run, or `model`, with the weights in `folder`, in evaluation mode."""
+    """The network of a run, or `model`, with the weights in `folder`, in evaluation mode.
+
+    `digest` is the SHA-256 of the weights; runs of earlier versions have none.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if digest is not None and compute_checksum(folder / WEIGHTS) != digest:
+        raise _describe_damage(folder / WEIGHTS, ValueError("it is not what metrics.json names"))
     if model is None:
         model = create_from_config(config, num_classes, pretrained=False)
     try:

@@ -352,7 +352,7 @@ def check_health(loss: float, scaler: GradScaler, epoch: int) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss became {loss} in epoch {epoch + 1}. Lower the learning rate, or set "
-            "clip_norm=1.0; the last checkpoint is from before it."
+            "clip_norm=1.0; checkpoints written so far are from before it."
         )
     if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
         raise TrainingError(
@@ -360,6 +360,30 @@ def check_health(loss: float, scaler: GradScaler, epoch: int) -> None:
             "gradients overflow at every scale. Use precision='fp32' or 'bf16', or a lower "
             "learning rate."
         )
+
+
+def check_finite(state: TrainState) -> None:
+    """Stop a run whose state holds something that is no number, before it is saved.
+
+    A loss can be finite while its gradient is not; the step has then spoiled weights or optimiser.
+
+    Raises:
+        TrainingError: weights, averaged weights or the state of the optimiser are not finite.
+    """
+    parts = {
+        "weights": state.model.state_dict().values(),
+        "averaged weights": state.ema.state_dict().values() if state.ema is not None else (),
+        "state of the optimiser": (
+            value for values in state.optimizer.state.values() for value in values.values()
+        ),
+    }
+    for name, values in parts.items():
+        tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise TrainingError(
+                f"the {name} became non-finite in epoch {state.epoch + 1}. Lower the learning "
+                "rate, or set clip_norm=1.0; checkpoints written so far are from before it."
+            )
 
 
 class CompiledModel(nn.Module):

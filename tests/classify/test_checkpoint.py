@@ -58,6 +58,87 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-5"]
 
 
+def test_a_moment_that_stands_whole_is_not_written_again(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"epoch": 1, "step": 2, "value": 1}, 6)
+    file = folder.generations()[0] / "state.pt"
+    written = file.stat().st_ino
+    folder.save_state({"epoch": 1, "step": 2, "value": 1}, 6)
+    assert file.stat().st_ino == written
+    folder.save_state({"epoch": 2, "step": 0, "value": 1}, 6)  # the same step, its epoch closed
+    assert file.stat().st_ino != written
+    file.write_bytes(b"damaged")
+    folder.save_state({"epoch": 2, "step": 0, "value": 1}, 6)
+    assert folder.load_state() == {"epoch": 2, "step": 0, "value": 1}
+
+
+def test_a_kill_between_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder(tmp_path).save_state({"value": 1}, 5)
+    rename, calls = os.replace, []
+
+    def be_killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if Path(source).name.startswith(".partial-"):
+            raise SystemExit  # the process is gone; its finally blocks do not count below
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("labkit.classify.checkpoint.os.replace", be_killed)
+        run_folder(tmp_path).save_state({"value": 2}, 5)
+    (left,) = (tmp_path / CHECKPOINTS).iterdir()
+    assert left.name.startswith(".replaced-") and len(calls) >= 2
+    folder = run_folder(tmp_path)
+    with pytest.raises(InputError, match="already holds a run"):
+        folder.load_state(resume=False)
+    assert folder.load_state() == {"value": 1}
+    folder.save_state({"value": 3}, 6)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-6"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        folder.load_state(resume=False)
+    with pytest.raises(InputError, match=r"whose checkpoints are gone.*labkit\.load_run"):
+        folder.load_state()
+
+
+def test_checkpoints_that_cannot_be_read_are_an_error_and_no_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("labkit.classify.checkpoint.os.listdir", refuse)
+    with pytest.raises(SourceError, match=r"checkpoints could not be read.*Permission denied"):
+        run_folder(tmp_path).load_state()
+
+
+def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    for name in ("step-", "step-one", "step-5-copy", "steps"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    folder = run_folder(tmp_path)
+    assert folder.load_state() is None
+    folder.save_state({"value": 1}, 5)
+    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 5
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(
+    tmp_path: Path,
+) -> None:
+    first, second = run_folder(tmp_path / "run"), run_folder(tmp_path / "run" / "." / "")
+    with first.lock():
+        with pytest.raises(InputError, match=r"another process is at work on .*run; wait"):
+            second.lock().__enter__()
+        with run_folder(tmp_path / "run", is_main_process=False).lock():
+            pass  # its own other processes
+    with second.lock():
+        pass
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert run_folder(tmp_path / "none").load_state() is None
 

@@ -560,6 +560,28 @@ def test_a_non_finite_loss_stops_the_run_and_says_so(
         fit(config, data=squares, out=tmp_path, save_every=0)
 
 
+class Root(nn.Module):
+    """Its first loss is finite, but the gradient of the square root at 0 is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16 * 16 * 3, 3)
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(images.flatten(1))
+        return logits + 0 * self.zero.sqrt()
+
+
+def test_a_spoiled_state_is_never_saved(
+    squares: ImageData, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, clip_norm=0.0, ema_decay=0.0)
+    with pytest.raises(TrainingError, match=r"weights became non-finite in epoch 1\. Lower the"):
+        fit(config, model=Root(), data=squares, out=tmp_path, save_every=0)
+    assert generations(tmp_path) == []
+
+
 class CollapsedScaler:
     def is_enabled(self) -> bool:
         return True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -211,6 +212,17 @@ def test_a_run_says_what_it_was_measured_on(
     assert changed.facts["data_fingerprint"] == run.data.fingerprint
 
 
+def test_a_flipped_bit_in_the_weights_is_noticed(run: Run, tmp_path: Path) -> None:
+    assert run.folder is not None
+    copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # of the last number, so that the file can be read all the same
+    (copy / "model.safetensors").write_bytes(weights)
+    for load in (lambda: load_run(copy, data=run.data), lambda: load_classifier(copy)):
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged.*metrics\.json"):
+            load()
+
+
 def test_a_run_measured_on_other_data_never_overwrites_the_original(
     run: Run, squares: ImageData, tmp_path: Path
 ) -> None:
@@ -231,7 +243,10 @@ def test_a_run_measured_on_other_data_never_overwrites_the_original(
         assert "\n" not in str(no.value)
     assert {name: (run.folder / name).read_bytes() for name in files} == before
     other.save(tmp_path / "inverted")
-    assert json.loads((tmp_path / "inverted" / "metrics.json").read_text()) == other.to_json()
+    saved = json.loads((tmp_path / "inverted" / "metrics.json").read_text())
+    weights = (tmp_path / "inverted" / "model.safetensors").read_bytes()
+    assert saved.pop("weights_sha256") == hashlib.sha256(weights).hexdigest()
+    assert saved == other.to_json()
     assert {path.name for path in (tmp_path / "inverted").iterdir()} == set(files)
     again = load_run(tmp_path / "inverted", data=other.data)
     np.testing.assert_array_equal(again.metrics.confusion, other.metrics.confusion)
