@@ -31,8 +31,10 @@ NETWORKS = {
     "vit-classic": "textbook ViT, 64 tokens",
     "vit": "ViT, 64 tokens from a convolutional stem",
     "vit-long": "ViT, 256 tokens after a convolution",
+    "vit-nano": "ViT, 64 tokens, 0.9 M parameters",
     "vit-finetune": "ViT-S/16, pretrained, 224 px",
     "speed": "network of the airbench family",
+    "speed-narrow": "the same with half of the channels",
 }
 Result = Mapping[str, Any]
 
@@ -95,7 +97,9 @@ TRAIN_NANO = (
     "`python benchmarks/training.py runs/nano`"
 )
 TRAIN_STEP = "`python benchmarks/train_step.py --data FOLDER --steps 20 --rounds 7`"
+TIME_TO_SEED = "`python benchmarks/time_to_seed.py --data FOLDER`"
 SEED, STEP, NANO = "seed-resnet18.json", "train-step.json", "vit-nano.json"
+TIME, RACE = "time-to-seed.json", "vit-race.json"
 
 CLASSIFIER = (
     Row(
@@ -107,6 +111,24 @@ CLASSIFIER = (
     Row("the same with flip TTA", SEED, lambda r: percent(r["test_accuracy_tta"]), "as above"),
     Row("the same, last training epoch", SEED, lambda r: percent(r["train_accuracy"]), "as above"),
     Row("`vit-nano`, CIFAR-10 (JPEG copy): test accuracy", NANO, accuracy, TRAIN_NANO),
+    Row(
+        "training time of `speed-narrow` against 40 epochs of the seed recipe, and its accuracy",
+        TIME,
+        lambda r: f"{r['ratio']:.3f} times, {percent(r['speed_accuracy'])}",
+        TIME_TO_SEED,
+    ),
+    Row(
+        "`speed` in the time of the seed recipe: test accuracy",
+        TIME,
+        lambda r: percent(r["accuracy_in_seed_time"]),
+        "as above",
+    ),
+    Row(
+        "`vit-nano` at equal time against the ways of ViT-CIFAR and CCT: lead over the better",
+        RACE,
+        lambda r: f"{100 * r['lead']:.1f} points ({span(*r['lead_ci'], 1, 100)})",
+        "`python benchmarks/vit_race.py --data FOLDER`",
+    ),
     Row(
         "augmented batches on a CPU, against torchvision's pipeline with 2 workers",
         "loader.json",
