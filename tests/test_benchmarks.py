@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import gpu_check, rerun
 from benchmarks.rerun import Figure, Measurement, compare
+from labkit.classify.config import get_preset
+from labkit.classify.models import create_from_config
 
 ROOT = Path(__file__).parents[1]
 SHARE, SPEED = Figure(("share",)), Figure(("rate", "median"), is_ratio=False)
@@ -158,3 +162,28 @@ def test_the_check_runs_on_a_cpu_where_fp16_fails_and_bf16_does_not(tmp_path: Pa
     assert failed["status"] == "failed" and "precision 'fp16' needs a CUDA GPU" in failed["error"]
     assert measured["status"] == "done" and measured["precision"] == "bf16"
     assert measured["images_per_second"] > 0 and measured["epochs"] == 1
+
+
+def test_the_race_is_between_networks_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    vit_race: Any = importlib.import_module("vit_race")
+    sizes = {}
+    for name, contestant in vit_race.list_contestants(get_preset("vit-nano")).items():
+        model = create_from_config(contestant.config, 10)
+        contestant.adapt(model)
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        sizes[name] = sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert list(sizes) == ["vit-nano", "vit-cifar", "cct"]
+    biases = 6 * 4 * 15 * 15  # relative positions, which vit-nano alone has
+    assert sizes["vit-nano"] - biases == sizes["vit-cifar"] == sizes["cct"]
+
+
+def test_the_lead_is_that_over_the_best_of_the_others_seed_by_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    vit_race: Any = importlib.import_module("vit_race")
+    accuracies = {"vit-nano": [0.80, 0.82], "vit-cifar": [0.60, 0.61], "cct": [0.75, 0.75]}
+    result = vit_race.summarise(accuracies)
+    assert result["best_other"] == "cct" and result["lead"] == pytest.approx(0.06)
+    assert result["lead_ci"][0] < 0.05 < 0.07 < result["lead_ci"][1]
