@@ -14,6 +14,7 @@ import typer
 
 _logger = logging.getLogger(__name__)
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 TOP, DRAWN = 3, 50  # classes that `predict` shows of an image, and images that it draws
 
 app = typer.Typer(
@@ -465,8 +466,9 @@ def main() -> None:
                 raise
             print(f"labkit: {error}", file=sys.stderr)
             raise SystemExit(1) from None
-        except KeyboardInterrupt:
-            hints = {"train": "; add --resume to go on", "ablate": "; the same command goes on"}
-            hint = hints.get(next(iter(sys.argv[1:]), ""), "")
-            print(f"labkit: interrupted{hint}", file=sys.stderr)
-            raise SystemExit(130) from None
+        except SystemExit as stop:
+            if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
+                hints = {"train": "; add --resume to go on", "ablate": "; the same command goes on"}
+                hint = hints.get(next(iter(sys.argv[1:]), ""), "")
+                print(f"labkit: interrupted{hint}", file=sys.stderr)
+            raise

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -517,3 +518,31 @@ def test_ablate_prints_a_verdict_for_each_claim(
     printed = capsys.readouterr().out
     assert "random crop and flip bring 2 points: cannot be told" in printed
     assert (tmp_path / "out" / "ablate.json").exists()
+
+
+WAITING = """
+import sys, time
+from labkit.classify import fit
+
+def wait(*arguments, **options):
+    print("ready", flush=True)
+    time.sleep(60)
+
+fit.fit = wait
+sys.argv = ["labkit", "train", "--preset", "demo"]
+from labkit.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_training_that_is_interrupted_says_how_to_go_on() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "labkit: interrupted; add --resume to go on"
+    assert "Traceback" not in errors
