@@ -371,14 +371,19 @@ def read_batch(file: IO[bytes], name: str) -> Batch:
     """
     try:
         content = _ArrayUnpickler(file, encoding="bytes").load()
-        planes = np.asarray(content[b"data"], dtype=np.uint8)
+        planes = _to_numbers(content[b"data"], np.uint8)
         planes = planes.reshape(-1, 3, CIFAR10_SIZE, CIFAR10_SIZE)
-        labels = np.asarray(content[b"labels"], dtype=np.int64)
+        labels = _to_numbers(content[b"labels"], np.int64)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise _describe_damage(name, error) from error
     if len(planes) != len(labels):
         raise InputError(f"{name} holds {len(planes)} images but {len(labels)} labels")
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels  # (B, 32, 32, 3)
+
+
+def _to_numbers(values: object, dtype: type[np.generic]) -> NDArray[Any]:
+    """An array of `dtype` of what was pickled: an array or a list of numbers."""
+    return np.asarray(values.values if isinstance(values, _Array) else values, dtype=dtype)
 
 
 def _describe_damage(name: object, error: Exception) -> InputError:
@@ -392,14 +397,66 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _Dtype:
+    """Stands for a pickled `numpy.dtype`: the name of a plain type of numbers."""
+
+    _ITEM_TYPES: Mapping[object, type[np.generic]] = {
+        "u1": np.uint8,
+        "i1": np.int8,
+        "i8": np.int64,
+        "int64": np.int64,
+    }
+
+    def __init__(self, code: object, *_: object) -> None:
+        if not isinstance(code, str) or code not in self._ITEM_TYPES:
+            raise pickle.UnpicklingError(f"arrays of {code!r} are not allowed in it")
+        self.type = self._ITEM_TYPES[code]
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        """Check what NumPy adds about byte order and fields: plain types have none."""
+        if state[1] == ">" or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("an array in it is not of plain numbers")
+
+
+class _Array:
+    """Stands for a pickled `numpy.ndarray`, so that no constructor of NumPy meets the file."""
+
+    def __init__(self, *_: object) -> None:
+        self.values: NDArray[Any] = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        """Read the numbers of (version, shape, dtype, is_fortran, bytes)."""
+        _, shape, dtype, is_fortran, data = state
+        self.values = _read_numbers(data, dtype, shape, "F" if is_fortran else "C")
+
+    @classmethod
+    def from_buffer(cls, data: object, dtype: object, shape: object, order: object) -> _Array:
+        """Read an array that was pickled by protocol 5."""
+        array = cls()
+        array.values = _read_numbers(data, dtype, shape, order)
+        return array
+
+
+def _read_numbers(data: object, dtype: object, shape: object, order: object) -> NDArray[Any]:
+    if (
+        not isinstance(data, bytes | bytearray)
+        or not isinstance(dtype, _Dtype)
+        or not isinstance(shape, tuple)
+        or order not in ("C", "F")
+    ):
+        raise pickle.UnpicklingError("an array in it is not of plain numbers")
+    numbers = np.frombuffer(data, dtype.type)  # checks the length
+    return numbers.reshape(shape, order="F" if order == "F" else "C")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads NumPy arrays, bytes and plain containers; anything else could run code."""
+    """Loads arrays of plain numbers, bytes and containers; anything else could run code."""
 
     _CONSTRUCTORS: Mapping[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
-        ("numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],  # type: ignore[dict-item]
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("multiarray", "_reconstruct"): _Array,
+        ("numeric", "_frombuffer"): _Array.from_buffer,
         ("_codecs", "encode"): _encode_latin1,
     }
 

@@ -252,6 +252,46 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert not target.exists()
 
 
+class Rebuilt:
+    """An object that is pickled as a call of `function`, and perhaps a state."""
+
+    def __init__(self, function: object, arguments: tuple[Any, ...], *state: Any) -> None:
+        self.reduced = (function, arguments, *state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+PLAIN = np.dtype("u1")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # Reads before and after its buffer, were it built by NumPy.
+        Rebuilt(np.ndarray, ((3072,), "u1", b"x" * 16, 0, (4096,))),
+        Rebuilt(np.ndarray, ((1 << 40,), "O")),
+        # Pointers from the file, were they taken for objects.
+        Rebuilt(
+            RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (384,), np.dtype("O"), False, [1] * 384)
+        ),
+        Rebuilt(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (1 << 40,), PLAIN, False, b"x" * 3072)),
+        Rebuilt(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (-5, 3072), PLAIN, False, b"")),
+        Rebuilt(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (3072,), PLAIN, False, 7)),
+        np.zeros((1, 3072), ">i8"),
+        np.zeros((1, 3072), [("x", "u1")]),
+    ],
+)
+def test_crafted_arrays_are_refused_and_meet_no_constructor_of_numpy(
+    tmp_path: Path, data: object
+) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(pickle.dumps({b"data": data, b"labels": [0]}, protocol=2))
+    with pytest.raises(InputError, match="data_batch_1"), path.open("rb") as file:
+        sources.read_batch(file, path.name)
+
+
 @pytest.mark.parametrize("damage", [b"", b"not a pickle", batch_files()["test_batch"][:5000]])
 def test_damaged_batch_is_named(tmp_path: Path, damage: bytes) -> None:
     for name, body in batch_files().items():
