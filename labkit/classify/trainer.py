@@ -27,6 +27,7 @@ from labkit.runtime import (
     World,
     as_one_line,
     is_interactive,
+    is_out_of_memory,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class TrainState:
             without starting up, compiling ahead, validation and writing checkpoints.
         history: one row an epoch, the newest last.
         best: the weights of the best validation accuracy so far, where there is a split for it.
+        parts: number of parts in which a batch is passed through the network, since it does not
+            fit into memory as a whole; this alone is not saved.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class TrainState:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    parts: int = 1
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -146,16 +150,7 @@ class Trainer:
         set_lr(state.optimizer, lr_at(number, self.steps_per_epoch, config), progress)
         if config.cycle_momentum:
             set_momentum(state.optimizer, momentum_at(progress, config.warmup))
-        # Dropout and its kin become a function of the step, so that no generator needs saving.
-        torch.manual_seed(_make_step_seed(config.seed, number, self.world.rank))
-        with self.precision.autocast(self.device):
-            logits = self.forward(images)
-            loss_sum = F.cross_entropy(
-                logits.float(), targets, reduction="sum", label_smoothing=config.label_smoothing
-            )
-        # Processes average their gradients: together this is the mean over the whole batch.
-        loss = loss_sum * (self.world.size / self.batch_sizes[state.step])
-        torch.autograd.backward(state.scaler.scale(loss))
+        results = self._compute_gradients(state, images, targets, number)
         if config.clip_norm:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
@@ -165,11 +160,71 @@ class Trainer:
         if state.ema is not None:
             state.ema.update(state.model, step=number)  # type: ignore[operator]
         with torch.no_grad():
-            labels = targets.argmax(1) if targets.is_floating_point() else targets
-            state.sums[0] += loss_sum.detach()
-            state.sums[1] += (logits.argmax(1) == labels).sum()
+            for loss_sum, correct in results:
+                state.sums[0] += loss_sum
+                state.sums[1] += correct
             state.sums[2] += len(images)
         state.step += 1
+
+    def _compute_gradients(
+        self, state: TrainState, images: Tensor, targets: Tensor, number: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Leave the gradients of the batch of step `number` in the network.
+
+        A batch that does not fit into memory is passed in twice as many parts from then on, whose
+        gradients add up to those of the whole batch. (BatchNorm takes the statistics of each part.)
+
+        Returns:
+            The loss, summed over its images, and the number of correct predictions of each part.
+
+        Raises:
+            TrainingError: a single image does not fit, or several processes train together.
+        """
+        while True:
+            # Dropout and its kin are a function of the step, so that no generator needs saving.
+            torch.manual_seed(_make_step_seed(self.config.seed, number, self.world.rank))
+            split = [images], [targets]
+            if state.parts > 1:
+                split = list(images.chunk(state.parts)), list(targets.chunk(state.parts))
+            try:
+                return [self._pass(state, *part) for part in zip(*split, strict=True)]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.world.size > 1 or state.parts >= len(images):
+                    raise TrainingError(
+                        f"out of memory on {self.device} with batches of "
+                        f"{self.batch_sizes[state.step]} images in {state.parts} parts; lower "
+                        "batch_size, or choose a smaller network or another device"
+                    ) from error
+            # Outside the handler, since its traceback would keep the memory alive.
+            state.optimizer.zero_grad(set_to_none=True)
+            state.parts = min(2 * state.parts, len(images))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning(
+                "out of memory on %s: batches of %d images go through the network in %d parts "
+                "from here on; a step is still one of the whole batch",
+                self.device,
+                self.batch_sizes[state.step],
+                state.parts,
+            )
+
+    def _pass(self, state: TrainState, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of these images; return their summed loss and the number correct."""
+        with self.precision.autocast(self.device):
+            logits = self.forward(images)
+            loss_sum = F.cross_entropy(
+                logits.float(),
+                targets,
+                reduction="sum",
+                label_smoothing=self.config.label_smoothing,
+            )
+        # Processes average their gradients: together this is the mean over the whole batch.
+        loss = loss_sum * (self.world.size / self.batch_sizes[state.step])
+        torch.autograd.backward(state.scaler.scale(loss))
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        return loss_sum.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
 def cut_batches(count: int, batch_size: int, smallest: int) -> list[int]:

@@ -914,3 +914,50 @@ def test_images_that_are_not_square_are_refused(squares: ImageData) -> None:
     images, labels = squares.train.images[:, :12], squares.train.labels
     with pytest.raises(InputError, match="must be square, got 12 x 16"):
         fit_own(squares, train=(images, labels), test=(images, labels))
+
+
+class Narrow(nn.Module):
+    """A network that has no memory for more than `most` images at a time."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.seen: list[int] = []
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(16 * 16 * 3, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            if len(images) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            self.seen.append(len(images))
+        logits: torch.Tensor = self.layers(images)
+        return logits
+
+
+def test_a_batch_without_memory_goes_in_parts_and_gives_the_same_weights(
+    squares: ImageData, tiny_config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(tiny_config, batch_size=40, precision="fp32")
+
+    def train(most: int) -> Run:
+        with use_seed(0):
+            model = Narrow(most)
+        return fit(config, model=model, data=squares, device="cpu")
+
+    whole, parts = train(1000), train(11)
+    warnings = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert len(warnings) == 2  # halves do not fit either, quarters do
+    assert "batches of 40 images go through the network in 4 parts" in warnings[-1]
+    assert set(parts.model.seen) == {10}  # type: ignore[arg-type]
+    for first, second in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    for row, other in zip(whole.history, parts.history, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert row["train_accuracy"] == other["train_accuracy"]
+
+
+def test_no_memory_for_a_single_image_names_batch_and_device(
+    squares: ImageData, tiny_config: TrainConfig
+) -> None:
+    with pytest.raises(TrainingError, match=r"out of memory on cpu with batches of 32 images"):
+        fit(tiny_config, model=Narrow(0), data=squares, device="cpu")
