@@ -30,6 +30,7 @@ from labkit.runtime import InputError, SourceError, is_interactive
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
+MAX_UNNAMED = 100_000  # classes that are known by their numbers alone
 NAMED = 10  # classes that a message names; of further ones it says how many
 MANIFEST = "content.json"
 NORMALISED = (
@@ -70,7 +71,7 @@ class Split:
             raise InputError(f"labels must be (N,) int64, got {labels.shape} {labels.dtype}")
         highest = int(labels.max(initial=-1))
         if not self.classes:
-            object.__setattr__(self, "classes", tuple(map(str, range(highest + 1))))
+            object.__setattr__(self, "classes", _number_classes(highest))
         if labels.min(initial=0) < 0 or highest >= len(self.classes):
             raise InputError(
                 f"labels must be from 0 to {len(self.classes) - 1}, one for each class, "
@@ -106,6 +107,15 @@ class Split:
             )
         positions = np.array([wanted.index(name) for name in self.classes], np.int64)
         return Split(self.images, positions[self.labels], wanted)
+
+
+def _number_classes(highest: int) -> tuple[str, ...]:
+    """Names of the classes up to the label `highest`: the numbers."""
+    if highest >= MAX_UNNAMED:
+        raise InputError(
+            f"a label is {highest}, and so many classes are too many; number the classes from 0"
+        )
+    return tuple(map(str, range(highest + 1)))
 
 
 def _name_classes(names: Sequence[str]) -> str:
@@ -285,7 +295,7 @@ def _decode(folder: Path, source: str, origin: Source) -> None:
         with open_atomic(folder / f"{split}_labels.npy") as file:
             np.save(file, labels)
     if classes is None:
-        classes = tuple(map(str, range(highest + 1)))
+        classes = _number_classes(highest)
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
     write_json(
         folder / MANIFEST,
