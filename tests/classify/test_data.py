@@ -411,6 +411,6 @@ def test_the_test_split_takes_the_classes_of_the_training_split() -> None:
 
 def test_a_label_as_large_as_an_identifier_makes_no_million_classes() -> None:
     images = np.zeros((2, 8, 8, 3), np.uint8)
-    with pytest.raises(InputError, match="a label is 2000000000.*number the classes from 0"):
+    with pytest.raises(InputError, match=r"a label is 2000000000.*number the classes from 0"):
         as_split((images, np.array([0, 2_000_000_000])))
     assert len(as_split((images, np.array([0, 999]))).classes) == 1000
