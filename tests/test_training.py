@@ -185,13 +185,15 @@ def test_regions_are_connected_and_those_too_small_are_none() -> None:
 
 
 def test_regions_of_a_batch_are_parts_of_one_class(street: photographs.Photographs) -> None:
-    images, masks, others = photographs.RegionBatches(street, 3, 4, 64)(0)
-    assert images.shape == (3, 3, 64, 64) and masks.shape == others.shape == (12, 64, 64)
+    batches = photographs.RegionBatches(street, 3, 4, image_size=128, augment=False)
+    images, masks, others = batches(0)
+    assert images.shape == (3, 3, 128, 128) and masks.shape == others.shape == (12, 128, 128)
     assert masks.any(dim=(1, 2)).all()
     assert not (masks & others).any()
-    colours = (images * photographs.STD).repeat_interleave(4, 0)
-    inside = torch.stack([c[:, m].std() for c, m in zip(colours, masks, strict=True)])
-    assert (inside / colours.std(dim=(1, 2, 3))).median() < 0.5  # a class has one colour
+    light = (images * photographs.STD + photographs.MEAN).mean(1).repeat_interleave(4, 0)
+    for values, mask in zip(light, masks, strict=True):
+        most = values[mask].median()  # a class has one colour, but for its edges and noise
+        assert ((values[mask] - most).abs() < 0.03).float().mean() > 0.6
 
 
 def make_arguments(data: Path, out: Path, **extra: int) -> argparse.Namespace:

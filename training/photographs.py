@@ -193,10 +193,16 @@ class RegionBatches:
     """Batches of random crops, with P connected regions of each; a function of the step."""
 
     def __init__(
-        self, photographs: Photographs, batch_size: int, regions: int, image_size: int
+        self,
+        photographs: Photographs,
+        batch_size: int,
+        regions: int,
+        *,
+        image_size: int,
+        augment: bool,
     ) -> None:
         self._photographs, self._batch_size = photographs, batch_size
-        self._count, self._image_size = regions, image_size
+        self._count, self._image_size, self._augment = regions, image_size, augment
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a batch, of which all parts are image_size wide and high.
@@ -206,12 +212,13 @@ class RegionBatches:
             masks of the same shape that cover the other regions of the image that are among the P.
         """
         rng = np.random.default_rng([step, 5])
+        light = rng if self._augment else None
         images, masks, others = [], [], []
         while len(images) < self._batch_size:
             crop = sample_crop(self._photographs, rng)
             chosen = self._choose_regions(crop, rng)
             if len(chosen):
-                images.append(cut_image(self._photographs, crop, self._image_size, rng))
+                images.append(cut_image(self._photographs, crop, self._image_size, light))
                 masks.append(chosen)
                 others.append(chosen.any(0) & ~chosen)
         return torch.stack(images), torch.cat(masks), torch.cat(others)
@@ -221,7 +228,8 @@ class RegionBatches:
         labels = crop.cut(self._photographs.labels[crop.index])
         regions = split_regions(labels, len(self._photographs.names))
         size = (self._image_size, self._image_size)
-        small = cv2.resize(regions.astype(np.float32), size, interpolation=cv2.INTER_NEAREST)
+        full = torch.from_numpy(regions.astype(np.float32))[None, None]
+        small = F.interpolate(full, size=size, mode="nearest-exact")[0, 0].numpy()
         numbers, first = np.unique(regions, return_index=True)
         is_region = (numbers > 0) & np.isin(numbers, small)
         numbers, classes = numbers[is_region], labels.ravel()[first[is_region]]

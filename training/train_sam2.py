@@ -242,7 +242,12 @@ def create_task(arguments: argparse.Namespace) -> Task:
     sizes = (arguments.images, arguments.prompts)
     if arguments.data:
         train, val = (
-            RegionBatches(read_photographs(arguments.data / split), *sizes, PHOTO_SIZE)
+            RegionBatches(
+                read_photographs(arguments.data / split),
+                *sizes,
+                image_size=PHOTO_SIZE,
+                augment=split == "train",
+            )
             for split in ("train", "val")
         )
         return Task(train=train, val=val, image_size=PHOTO_SIZE, grid=PHOTO_GRID)
@@ -301,7 +306,7 @@ def train(arguments: argparse.Namespace) -> None:
         save_file(weights, arguments.out / "sam2.safetensors")
         OmegaConf.save(config, arguments.out / "sam2.yaml")
 
-    loop.run(compute_loss, validate, interval=250, export=export)
+    loop.run(compute_loss, validate, interval=200, export=export)
 
 
 def main() -> None:
