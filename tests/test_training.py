@@ -24,6 +24,7 @@ sys.path.append(str(ROOT / "training"))
 import loop  # noqa: E402
 import photo_clipseg  # noqa: E402
 import photographs  # noqa: E402
+import tiny_clipseg  # noqa: E402
 import train_sam2  # noqa: E402
 import vocabulary  # noqa: E402
 
@@ -194,6 +195,21 @@ def test_regions_of_a_batch_are_parts_of_one_class(street: photographs.Photograp
     for values, mask in zip(light, masks, strict=True):
         most = values[mask].median()  # a class has one colour, but for its edges and noise
         assert ((values[mask] - most).abs() < 0.03).float().mean() > 0.6
+
+
+def test_clipseg_begins_with_the_weights_for_scenes() -> None:
+    tokenizer = vocabulary.create_tokenizer(["car"])
+    same_size = tiny_clipseg.CLIPSegNetwork(tokenizer, 112)
+    same_size.read(tiny_clipseg.ASSETS)
+    shipped = load_file(tiny_clipseg.ASSETS / "model.safetensors")
+    for name, weights in same_size.clipseg.state_dict().items():
+        if name != tiny_clipseg.TOKENS:
+            assert torch.equal(weights, shipped[name].float()), name
+    larger = tiny_clipseg.CLIPSegNetwork(tokenizer, 176)
+    larger.read(tiny_clipseg.ASSETS)
+    positions = larger.clipseg.state_dict()[tiny_clipseg.POSITIONS]
+    corner = shipped[tiny_clipseg.POSITIONS][[1, 14, -14, -1]].float()
+    assert torch.allclose(positions[[1, 22, -22, -1]], corner, atol=0.25)
 
 
 def make_arguments(data: Path, out: Path, **extra: int) -> argparse.Namespace:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CLIPSegConfig,
@@ -17,8 +19,11 @@ from transformers import (
 )
 from vocabulary import MAX_TOKENS
 
+ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH_SIZE = 8
+POSITIONS = "clip.vision_model.embeddings.position_embedding.weight"
+TOKENS = "clip.text_model.embeddings.token_embedding.weight"
 
 
 def create_config(tokenizer: CLIPTokenizer, image_size: int) -> CLIPSegConfig:
@@ -85,6 +90,22 @@ class CLIPSegNetwork(nn.Module):
         repeated = tuple(layer.repeat_interleave(count, 0) for layer in layers)
         logits = self.clipseg.decoder(repeated, embedded.flatten(0, 1)).logits
         return logits.view(-1, count, self._image_size, self._image_size)
+
+    @torch.no_grad()
+    def read(self, folder: Path) -> None:
+        """Begin with the weights in a folder, of a model of another vocabulary and image size.
+
+        The embeddings of its tokens are left out, those of positions are resized.
+        """
+        begun, weights = self.clipseg.state_dict(), load_file(folder / "model.safetensors")
+        positions = weights[POSITIONS][1:].float()  # (grid * grid, embed_dim)
+        size = math.isqrt(len(positions))
+        maps = positions.T.reshape(1, -1, size, size)
+        maps = F.interpolate(maps, size=(self.grid, self.grid), mode="bicubic")
+        begun[POSITIONS][0] = weights.pop(POSITIONS)[0]
+        begun[POSITIONS][1:] = maps.flatten(2)[0].T
+        del weights[TOKENS]
+        self.clipseg.load_state_dict({**begun, **weights})
 
     def write(self, folder: Path) -> None:
         """Write the weights in half precision, and all that a processor needs."""

@@ -12,7 +12,6 @@ whenever figures are, and `labkit segment --clipseg` takes it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from loop import TrainingLoop, parse_options
 from photo_clipseg import train_on_photographs
 from scene_cache import SceneCache
 from sklearn.metrics import roc_auc_score
-from tiny_clipseg import MEAN, PATCH_SIZE, STD, CLIPSegNetwork
+from tiny_clipseg import ASSETS, MEAN, PATCH_SIZE, STD, CLIPSegNetwork
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
@@ -36,7 +35,6 @@ from labkit.object_scenes import (
     TRAINING_SEED,
 )
 
-ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
 IMAGE_SIZE = 112
 GRID = IMAGE_SIZE // PATCH_SIZE
 ATTRIBUTES = (SCENE_SHAPES, tuple(SCENE_COLOURS), SCENE_PATTERNS)
