@@ -1,9 +1,10 @@
 """The training of the tiny CLIPSeg on photographs with a label for each pixel.
 
-Training begins with the weights for scenes: after 80 steps of 8 crops the loss of the names was
-1.71 with them and 2.02 without. At first the image encoder alone learns to name what each patch shows: the embedding of the patch
-is compared with those of sentences, as CLIP compares images with sentences. Then the decoder learns
-the masks of sentences that are true of a crop, and of others, while the patches are still named.
+It begins with the weights for scenes: after 80 steps of 8 crops the loss of the names was 1.71 with
+them and 2.02 without. At first the image encoder alone learns to name what each patch shows: the
+embedding of the patch is compared with those of sentences, as CLIP compares images with sentences.
+Then the decoder learns the masks of sentences that are true of a crop, and of others, while the
+patches are still named.
 """
 
 from __future__ import annotations
