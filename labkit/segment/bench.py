@@ -72,7 +72,12 @@ class Row:
 
 
 def measure_scenes(
-    segmenter: TextSegmenter, count: int = 500, *, seed: int = EVALUATION_SEED, start: int = 0
+    segmenter: TextSegmenter,
+    count: int = 500,
+    *,
+    seed: int = EVALUATION_SEED,
+    start: int = 0,
+    thresholds: Thresholds | None = None,
 ) -> dict[str, Any]:
     """Measure quality on `count` scenes, asking each three sentences that are true and three not.
 
@@ -81,6 +86,7 @@ def measure_scenes(
         count: at least 2, so that there is an interval.
         seed: of the scenes; that of evaluation is never trained, tuned or calibrated on.
         start: number of the first scene.
+        thresholds: of the segmenter; None takes the usual ones.
 
     Returns:
         Figures in [0, 1] with 95 % intervals from resampled scenes; see `summarize`.
@@ -91,11 +97,13 @@ def measure_scenes(
     if count < 2:
         raise InputError(f"count must be at least 2, got {count}")
     numbers = tqdm(range(start, start + count), desc="scenes", disable=not is_interactive())
-    rows = [row for number in numbers for row in measure_scene(segmenter, number, seed)]
+    rows = [row for number in numbers for row in measure_scene(segmenter, number, seed, thresholds)]
     return {"seed": seed, "start": start, "weights": segmenter.models, **summarize(rows)}
 
 
-def measure_scene(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]:
+def measure_scene(
+    segmenter: TextSegmenter, number: int, seed: int, thresholds: Thresholds | None = None
+) -> list[Row]:
     """Measure one scene: a row for each sentence asked of it."""
     scene = make_object_scene(number, seed=seed)
     sentences = scene.sample_sentences(number)
@@ -104,11 +112,16 @@ def measure_scene(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]
     is_true = [sentence in scene.present for sentence in sentences]
     true_sentences = [s for s, true in zip(sentences, is_true, strict=True) if true]
     gated, weak = (
-        segmenter.segment_maps(scene.image, sentences, wanted=each) for each in (maps, weak_maps)
+        segmenter.segment_maps(scene.image, sentences, wanted=each, thresholds=thresholds)
+        for each in (maps, weak_maps)
     )
     assumed, weak_assumed = (
         segmenter.segment_maps(
-            scene.image, true_sentences, wanted=each[is_true], assume_present=True
+            scene.image,
+            true_sentences,
+            wanted=each[is_true],
+            assume_present=True,
+            thresholds=thresholds,
         )
         for each in (maps, weak_maps)
     )
@@ -413,7 +426,9 @@ def summarize_photos(rows: Sequence[PhotoRow]) -> dict[str, Any]:
         figures[f"clipseg_only_threshold{kind}"] = float(_THRESHOLDS[best]) if chosen else None
         gains = [row.iou - own for row, own in zip(chosen, alone[:, best], strict=True)]
         add(f"miou{kind}_gain", chosen, gains)
-    numbers = {sentence: number for number, sentence in enumerate({r.sentence for r in true})}
+    numbers = {
+        sentence: number for number, sentence in enumerate(dict.fromkeys(r.sentence for r in true))
+    }
     classes = [row for row in rows if row.sentence in numbers]
     pixels = [(numbers[row.sentence], row.shared, row.union) for row in classes]
     add("miou_classes", classes, pixels, _average_classes)
