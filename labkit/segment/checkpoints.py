@@ -197,6 +197,9 @@ class Profile:
             note = "own weights" if presence else "own weights, presence not calibrated for them"
             presence = presence or profile.presence
             profile = replace(profile, clipseg=checkpoint, presence=presence, note=note)
+        for source, checkpoint in ((clipseg, profile.clipseg), (sam2, profile.get_sam2())):
+            if source is not None and not checkpoint.digest:
+                _logger.info("%s: give a digest to have it checked", checkpoint.name)
         return profile
 
 
@@ -389,14 +392,11 @@ def _parse_source(name: str, text: str, sizes: Sequence[str] = ()) -> Checkpoint
     if digest and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", digest):
         raise InputError(f"{name}: a digest is sha256: and 64 hex digits, got {digest!r}")
     if Path(repository).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
-        found = Checkpoint(source=repository, revision=revision or "main", digest=digest)
-        if not digest:
-            _logger.info("%s has no digest, so that its weights are not checked", repository)
-        return found
-    known = f"one of {', '.join(sizes)}, " if sizes else ""
-    raise InputError(
-        f"{name} must be {known}a folder or a repository of the hub, owner/name, got {text!r}"
-    )
+        return Checkpoint(source=repository, revision=revision or "main", digest=digest)
+    kinds = "a folder or a repository of the hub, owner/name"
+    if sizes:
+        raise InputError(f"{name} must be one of {', '.join(sizes)}, got {text!r}; or give {kinds}")
+    raise InputError(f"{name} must be {kinds}, got {text!r}")
 
 
 def _find_presence(checkpoint: Checkpoint) -> PresenceModel | None:
