@@ -162,6 +162,39 @@ def vary_sentence(sentence: str) -> list[str]:
     return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
 
 
+def check_templates(templates: Sequence[str]) -> None:
+    """Make sure that there is a template, and that each has one `{}` and no other brace.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if isinstance(templates, str) or not templates:
+        raise InputError(f"templates must be a list of one or more texts, got {templates!r}")
+    for template in templates:
+        if not isinstance(template, str) or not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
+            shown = as_one_line(repr(template))
+            raise InputError(f"a template must have one {{}} for the sentence, got {shown}")
+
+
+def fill_template(template: str, sentence: str) -> str:
+    """Fill a sentence into the one `{}` of a template.
+
+    If the sentence brings an article or another determiner, that of the template is left out.
+
+    Args:
+        template: a text with one `{}`.
+        sentence: a few words.
+
+    Example:
+        >>> fill_template("a photo of a {}", "dog"), fill_template("a photo of a {}", "the man")
+        ('a photo of a dog', 'a photo of the man')
+    """
+    words = sentence.split()
+    if words and words[0].lower() in _DETERMINERS | _QUANTITIES:
+        template = re.sub(r"\b(an?|the)\s+(?=\{\})", "", template, flags=re.IGNORECASE)
+    return template.format(sentence)
+
+
 def _find_end_of_head(words: Sequence[str]) -> int:
     """Position after the head noun."""
     for index, word in enumerate(words[1:], 1):
@@ -307,7 +340,7 @@ class ClipSeg:
             proportions, its longer side as many pixels as CLIPSeg's.
 
         Raises:
-            InputError: a sentence is too long for the model.
+            InputError: a sentence is too long for the model, or a template has not one `{}`.
         """
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
@@ -354,7 +387,8 @@ class ClipSeg:
     @torch.inference_mode()
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embeddings (S, projection) of the sentences, averaged over the templates."""
-        texts = [template.format(sentence) for sentence in sentences for template in templates]
+        check_templates(templates)
+        texts = [fill_template(template, s) for s in sentences for template in templates]
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
