@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labkit.files import compute_checksum
-from labkit.segment.checkpoints import Checkpoint, Sam2Checkpoint
+from labkit.segment.checkpoints import find_clipseg, find_sam2
 from labkit.segment.clipseg import ClipSeg
 from labkit.segment.sam2 import Sam2
 
@@ -255,7 +255,7 @@ def test_clipseg_resumes_exactly_and_its_weights_are_loaded_by_labkit(
     weights = [out.out / "model.safetensors" for out in (whole, cut)]
     assert compute_checksum(weights[0]) == compute_checksum(weights[1])
     assert load_file(weights[0])["clip.logit_scale"].dtype == torch.half
-    clipseg = ClipSeg.from_checkpoint(Checkpoint(source=str(cut.out)), torch.device("cpu"))
+    clipseg = ClipSeg.from_checkpoint(find_clipseg(str(cut.out)), torch.device("cpu"))
     heat = clipseg.predict_heat(np.zeros((40, 80, 3), np.uint8), ["car", "unheard of"])
     assert heat.shape == (2, 32, 64)
 
@@ -269,10 +269,7 @@ def test_sam2_resumes_exactly_and_its_weights_are_loaded_by_labkit(
     check_resuming(lambda: train_sam2.train(whole), lambda: train_sam2.train(cut), monkeypatch)
     weights = [out.out / "sam2.safetensors" for out in (whole, cut)]
     assert compute_checksum(weights[0]) == compute_checksum(weights[1])
-    checkpoint = Sam2Checkpoint(
-        source=str(cut.out), filename="sam2.safetensors", config=str(cut.out / "sam2.yaml")
-    )
-    sam2 = Sam2.from_checkpoint(checkpoint, torch.device("cpu"))
+    sam2 = Sam2.from_checkpoint(find_sam2(str(cut.out)), torch.device("cpu"))
     assert sam2.image_size == 128
     features = sam2.encode(np.zeros((40, 80, 3), np.uint8))
     logits, ious = sam2.predict_points(features, np.array([[20.0, 20.0]]))

@@ -27,13 +27,7 @@ from vocabulary import OTHER_NOUNS, STREET_NOUNS
 from labkit.files import compute_checksum, write_json
 from labkit.object_scenes import CALIBRATION_SEED, make_object_scene
 from labkit.segment.annotations import load_annotations
-from labkit.segment.checkpoints import (
-    Checkpoint,
-    PresenceModel,
-    Profile,
-    Sam2Checkpoint,
-    get_profile,
-)
+from labkit.segment.checkpoints import PresenceModel, get_profile
 from labkit.segment.metrics import auroc, mcc
 from labkit.segment.pipeline import TextSegmenter
 
@@ -103,19 +97,6 @@ def fit_weights(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return minimize(cost, np.zeros(5), jac=True, bounds=bounds, method="L-BFGS-B").x
 
 
-def create_photo_profile(clipseg: Path, sam2: Path) -> Profile:
-    """Create the profile of the weights in two output folders, as get_profile does."""
-    sam2_checkpoint = Sam2Checkpoint(
-        source=str(sam2), filename="sam2.safetensors", config=str((sam2 / "sam2.yaml").resolve())
-    )
-    return replace(
-        get_profile("demo"),
-        clipseg=Checkpoint(source=str(clipseg)),
-        sam2={"demo": sam2_checkpoint},
-        presence=NEUTRAL,
-    )
-
-
 def main() -> None:
     """Fit, and write the file."""
     parser = argparse.ArgumentParser(
@@ -129,7 +110,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data and ASSETS in (arguments.clipseg.parent, arguments.sam2.parent):
         parser.error("--data needs --clipseg and --sam2, the output folders of both trainings")
-    profile = create_photo_profile(arguments.clipseg, arguments.sam2)
+    weights = {"clipseg": str(arguments.clipseg), "sam2": str(arguments.sam2)}
+    profile = replace(get_profile("demo").replace_weights(**weights), presence=NEUTRAL)
     if arguments.data:
         path = arguments.clipseg / "presence.json"
         kind, count = "photographs", arguments.photographs

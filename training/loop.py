@@ -96,7 +96,7 @@ class TrainingLoop:
 
     @property
     def _path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / "resume.ckpt"
 
     def save(self) -> None:
         """Write a checkpoint atomically."""
