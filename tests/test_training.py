@@ -21,6 +21,7 @@ from labkit.segment.sam2 import Sam2
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "training"))
 
+import calibrate_presence  # noqa: E402
 import loop  # noqa: E402
 import photo_clipseg  # noqa: E402
 import photographs  # noqa: E402
@@ -210,6 +211,18 @@ def test_clipseg_begins_with_the_weights_for_scenes() -> None:
     positions = larger.clipseg.state_dict()[tiny_clipseg.POSITIONS]
     corner = shipped[tiny_clipseg.POSITIONS][[1, 14, -14, -1]].float()
     assert torch.allclose(positions[[1, 22, -22, -1]], corner, atol=0.25)
+
+
+def test_calibration_asks_about_frames_crops_and_nouns_that_no_street_shows(data: Path) -> None:
+    questions = list(calibrate_presence.ask_about_photographs(data / "val", 1))
+    assert [image.shape[:2] for image, _, _ in questions] == [(200, 260), *[(100, 100)] * 6]
+    for image, sentences, truth in questions:
+        answers = dict(zip(sentences, truth, strict=True))
+        assert len(answers) == len(sentences) == len(truth)
+        assert sum(answers.values()) == sum(truth) and not any(truth[-3:])
+        grey = image.mean(axis=2)
+        assert answers["sky"] == bool((grey < 20).any())
+        assert not answers["tree"]
 
 
 def make_arguments(data: Path, out: Path, **extra: int) -> argparse.Namespace:
