@@ -467,11 +467,14 @@ def _open_coco(file: Path, document: Mapping[str, Any], images: Path | None) -> 
             return _open_captions(file, records, by_image, paths)
         categories = {each["id"]: each for each in document.get("categories", ())}
         _check_categories(file, by_image, categories)
+        is_panoptic = any("segments_info" in each for each in document["annotations"])
+        plan = _plan_panoptic if is_panoptic else _plan_instances
         return Annotations(
             file.name,
             [
-                _Record(path=path, read_targets=_plan_coco(file, by_image[r["id"]], categories, r))
+                _Record(path=path, read_targets=plan(file, by_image[r["id"]], categories, r))
                 for path, r in zip(paths, records, strict=True)
+                if r["id"] in by_image or not is_panoptic
             ],
         )
     except (AttributeError, KeyError, TypeError) as error:
@@ -491,18 +494,23 @@ def _check_categories(
                     )
 
 
-def _plan_coco(
+def _plan_instances(
     file: Path,
     annotations: Sequence[Any],
     categories: Mapping[Any, Any],
     record: Mapping[str, Any],
 ) -> ReadTargets:
-    """How the targets of an image are read from its annotations, instances or panoptic."""
-    if any("segments_info" in annotation for annotation in annotations):
-        (annotation,) = annotations[:1]
-        png = _find_panoptic(file, str(annotation["file_name"]))
-        return partial(_read_panoptic, png, annotation["segments_info"], categories)
     return partial(_read_instances, str(record["file_name"]), record, annotations, categories)
+
+
+def _plan_panoptic(
+    file: Path,
+    annotations: Sequence[Any],
+    categories: Mapping[Any, Any],
+    record: Mapping[str, Any],
+) -> ReadTargets:
+    path = _find_panoptic(file, str(annotations[0]["file_name"]))
+    return partial(_read_panoptic, path, annotations[0]["segments_info"], categories)
 
 
 def _find_panoptic(file: Path, name: str) -> Path:

@@ -253,6 +253,15 @@ def test_panoptic_colours_are_numbers_of_segments(tmp_path: Path) -> None:
     assert sky.ignore.sum() == unlabelled and person.ignore.sum() == unlabelled + 15 * 20
 
 
+def test_an_image_without_a_panoptic_annotation_is_left_out(tmp_path: Path) -> None:
+    path = save_panoptic(tmp_path)
+    document = json.loads(path.read_text())
+    document["images"].append({"id": 8, "file_name": "8.jpg", "height": HEIGHT, "width": WIDTH})
+    path.write_text(json.dumps(document))
+    save_image(tmp_path / "val" / "8.jpg")
+    assert [image.name for image in load_annotations(path)] == ["photo.jpg"]
+
+
 def save_refcoco(folder: Path, name: str = "refs(unc).json", **changes: Any) -> Path:
     save_coco(folder, instance(11, 1, SQUARE), instance(12, 1, [[40, 5, 50, 5, 50, 25, 40, 25]]))
     reference = {

@@ -16,7 +16,13 @@ from torchvision.transforms.functional import resize
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
 from labkit.segment import clipseg as clipseg_module
 from labkit.segment.checkpoints import Checkpoint, Profile
-from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence, vary_sentence
+from labkit.segment.clipseg import (
+    ClipSeg,
+    fill_template,
+    fit_size,
+    normalize_sentence,
+    vary_sentence,
+)
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
@@ -170,6 +176,37 @@ def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
     with pytest.raises(InputError, match="24 tokens"):
         clipseg.predict_heat(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
     assert clipseg.predict_heat(image, ["abcdefghijklmnopqr"]).shape == (1, IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence", "text"),
+    [
+        ("a photo of a {}", "dog", "a photo of a dog"),
+        ("a photo of a {}", "the man", "a photo of the man"),
+        ("a photo of a {}", "a dog", "a photo of a dog"),
+        ("An {} there", "two apples", "two apples there"),
+        ("a photo of the {}", "my dog", "a photo of my dog"),
+        ("{}", "the man", "the man"),
+        ("a photo of a {}", "theatre", "a photo of a theatre"),
+        ("a photo of a big {}", "the man", "a photo of a big the man"),  # whose "big" it is
+    ],
+)
+def test_a_sentence_with_an_article_needs_none_of_the_template(
+    template: str, sentence: str, text: str
+) -> None:
+    assert fill_template(template, sentence) == text
+
+
+def test_the_article_of_a_sentence_is_not_doubled_in_the_map(clipseg: ClipSeg) -> None:
+    image = noise(IMAGE_SIZE, IMAGE_SIZE)
+    filled = clipseg.predict_heat(image, ["the cat"], ["a {}"])
+    np.testing.assert_array_equal(filled, clipseg.predict_heat(image, ["the cat"], ["{}"]))
+
+
+@pytest.mark.parametrize("templates", [[], "a {}", ["a dog"], ["{} and {}"], ["{0}"], ["a {"]])
+def test_a_template_has_one_place_for_the_sentence(clipseg: ClipSeg, templates: Any) -> None:
+    with pytest.raises(InputError, match=r"templates? must"):
+        clipseg.predict_heat(noise(9, 9), ["dog"], templates)
 
 
 @pytest.mark.parametrize("templates", [["{}"], ["{}", "a {}"]])
