@@ -195,10 +195,11 @@ class Annotations(Sequence[AnnotatedImage]):
 
     Attributes:
         name: of the data, for reports.
+        is_exclusive: whether the sentences exclude each other, as classes do; phrases do not.
     """
 
-    def __init__(self, name: str, records: Sequence[_Record]) -> None:
-        self.name = name
+    def __init__(self, name: str, records: Sequence[_Record], *, is_exclusive: bool) -> None:
+        self.name, self.is_exclusive = name, is_exclusive
         self._records = tuple(records)
 
     def __len__(self) -> int:
@@ -212,7 +213,8 @@ class Annotations(Sequence[AnnotatedImage]):
 
     def __getitem__(self, index: int | slice) -> AnnotatedImage | Annotations:
         if isinstance(index, slice):
-            return Annotations(self.name, self._records[index])
+            records = self._records[index]
+            return Annotations(self.name, records, is_exclusive=self.is_exclusive)
         return self._records[index].load()
 
     def __iter__(self) -> Iterator[AnnotatedImage]:
@@ -355,7 +357,7 @@ def _open_label_images(folder: Path) -> Annotations:
         )
         for stem, name in zip(stems, labels, strict=True)
     ]
-    return Annotations(f"label images in {folder.name}", records)
+    return Annotations(f"label images in {folder.name}", records, is_exclusive=True)
 
 
 def _load_classes(folder: Path) -> tuple[LabelClass, ...]:
@@ -476,6 +478,7 @@ def _open_coco(file: Path, document: Mapping[str, Any], images: Path | None) -> 
                 for path, r in zip(paths, records, strict=True)
                 if r["id"] in by_image or not is_panoptic
             ],
+            is_exclusive=True,
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no complete COCO annotation: {as_one_line(error)}") from error
@@ -742,4 +745,5 @@ def _collect(file: Path, entries: Sequence[tuple[Path, Any, Any]]) -> Annotation
             _Record(path=path, read_targets=partial(_read_phrases, path.name, record, phrases))
             for path, record, phrases in entries
         ],
+        is_exclusive=False,
     )

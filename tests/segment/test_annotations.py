@@ -208,6 +208,7 @@ def test_coco_instances_name_what_is_there_what_is_absent_and_the_crowd(tmp_path
     assert not (person.ignore & person.mask).any()
     assert ball.sentence == "sports ball" and not ball.is_present
     assert load_annotations(tmp_path)[0].name == "photo.jpg"  # the folder is enough
+    assert load_annotations(path)[:1].is_exclusive
 
 
 def test_of_a_category_with_a_crowd_alone_nothing_is_known(tmp_path: Path) -> None:
@@ -331,6 +332,7 @@ def test_phrasecut_has_polygons_of_points(tmp_path: Path) -> None:
     (image,) = load_annotations(tmp_path)
     (target,) = image.targets
     assert target.sentence == "black shirt" and target.mask.sum() == 600
+    assert not load_annotations(tmp_path)[:1].is_exclusive
     assert [int(each.sum()) for each in target.instances] == [400, 200]
 
 

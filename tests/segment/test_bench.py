@@ -307,7 +307,8 @@ def photograph(*targets: Target) -> Annotations:
         image=np.zeros((*SIZE, 3), dtype=np.uint8),
         targets=targets,
     )
-    return Annotations("made", [SimpleNamespace(path=image.path, load=lambda: image)])  # type: ignore[list-item]
+    record: Any = SimpleNamespace(path=image.path, load=lambda: image)
+    return Annotations("made", [record], is_exclusive=True)
 
 
 def make_target(sentence: str, *masks: Masks, ignore: Masks | None = None) -> Target:
