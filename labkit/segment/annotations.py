@@ -10,6 +10,7 @@ Expressions (RefCOCO), 2016; Liu et al., GRES (gRefCOCO), 2023; Wu et al., Phras
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -487,14 +488,18 @@ def _open_coco(file: Path, document: Mapping[str, Any], images: Path | None) -> 
 def _check_categories(
     file: Path, by_image: Mapping[Any, Sequence[Any]], categories: Mapping[Any, Any]
 ) -> None:
-    for members in by_image.values():
-        for annotation in members:
-            for segment in annotation.get("segments_info", [annotation]):
-                if segment["category_id"] not in categories:
-                    raise InputError(
-                        f"{file.name} uses the category {segment['category_id']}, "
-                        "which is not among its categories"
-                    )
+    for category in categories.values():
+        _name_category(category)
+    for annotation in itertools.chain.from_iterable(by_image.values()):
+        segments = annotation.get("segments_info")
+        for segment in [annotation] if segments is None else segments:
+            if segment["category_id"] not in categories:
+                raise InputError(
+                    f"{file.name} uses the category {segment['category_id']}, "
+                    "which is not among its categories"
+                )
+            if segments is not None and not isinstance(segment["id"], int):
+                raise TypeError(f"a segment has the id {segment['id']!r}")
 
 
 def _plan_instances(
@@ -571,6 +576,11 @@ def _gather_targets(
     return targets
 
 
+def _get_size(record: Mapping[str, Any], default: Size) -> Size:
+    """The (H, W) that a record of an image states."""
+    return record.get("height", default[0]), record.get("width", default[1])
+
+
 def _read_instances(
     name: str,
     record: Mapping[str, Any],
@@ -578,7 +588,7 @@ def _read_instances(
     categories: Mapping[Any, Any],
     size: Size,
 ) -> list[Target]:
-    _check_size(f"the annotation of {name}", (record["height"], record["width"]), size)
+    _check_size(f"the annotation of {name}", _get_size(record, size), size)
     objects = [
         (each["category_id"], bool(each.get("iscrowd")), decode_segmentation(each, size))
         for each in annotations
@@ -605,14 +615,28 @@ def decode_segmentation(annotation: Mapping[str, Any], size: Size) -> Masks:
         raise InputError(f"{what} has no segmentation, which is needed; a box is not enough")
     try:
         if isinstance(segmentation, list):
-            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-            segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
-        elif isinstance(segmentation["counts"], list):
+            polygons = [np.asarray(polygon, dtype=float) for polygon in segmentation]
+            if any(not (np.abs(polygon) <= 2 * max(size)).all() for polygon in polygons):
+                raise ValueError("a corner lies far outside the image")
+            corners = [polygon.tolist() for polygon in polygons if polygon.size >= 6]
+            return _decode_rle(coco.merge(coco.frPyObjects(corners, *size)))
+        _check_size(f"the segmentation of {what}", tuple(segmentation["size"]), size)
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            if min(counts) < 0 or sum(counts) != size[0] * size[1]:
+                raise ValueError("its run lengths do not fill the image")
             segmentation = coco.frPyObjects(segmentation, *size)
-        mask: Masks = coco.decode(segmentation).astype(bool)
+        return _decode_rle(segmentation)
+    except InputError:
+        raise
     except Exception as error:  # pycocotools raises whatever comes
         raise InputError(f"{what} has a damaged segmentation: {as_one_line(error)}") from error
-    _check_size(f"the segmentation of {what}", (mask.shape[0], mask.shape[1]), size)
+
+
+def _decode_rle(rle: Any) -> Masks:
+    from pycocotools import mask as coco
+
+    mask: Masks = coco.decode(rle).astype(bool)
     return mask
 
 
@@ -648,7 +672,7 @@ def _read_phrases(
 ) -> list[Target]:
     """Targets of phrases, each with the annotations of what it names; none means absent."""
     if record is not None:
-        _check_size(f"the annotation of {name}", (record["height"], record["width"]), size)
+        _check_size(f"the annotation of {name}", _get_size(record, size), size)
     nothing = np.zeros(size, dtype=bool)
     targets = []
     for sentence, named in phrases:

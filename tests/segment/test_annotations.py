@@ -383,6 +383,21 @@ def name_damaged_mask(folder: Path) -> None:
     save_coco(folder, instance(1, 1, {"size": [HEIGHT, WIDTH]}))
 
 
+def name_far_corner(folder: Path) -> None:
+    save_coco(folder, instance(1, 1, [[0, 0, 10**12, 0, 10**12, 9]]))
+
+
+def name_short_runs(folder: Path) -> None:
+    save_coco(folder, instance(1, 1, {"size": [HEIGHT, WIDTH], "counts": [10, 10**12]}))
+
+
+def name_no_number(folder: Path) -> None:
+    path = save_panoptic(folder)
+    document = json.loads(path.read_text())
+    document["annotations"][0]["segments_info"][0]["id"] = None
+    path.write_text(json.dumps(document))
+
+
 def remove_panoptic(folder: Path) -> None:
     save_panoptic(folder)
     (folder / "panoptic_val" / "photo.png").unlink()
@@ -423,6 +438,9 @@ def write_twice(folder: Path) -> None:
         (name_missing_category, "uses the category 3, which is not among its categories"),
         (name_no_mask, "annotation 1 has no segmentation"),
         (name_damaged_mask, "annotation 1 has a damaged segmentation"),
+        (name_far_corner, "annotation 1 has a damaged segmentation: a corner lies far outside"),
+        (name_short_runs, "annotation 1 has a damaged segmentation: its run lengths do not fill"),
+        (name_no_number, "is no complete COCO annotation: a segment has the id None"),
         (remove_panoptic, "names photo.png, which is neither in .*panoptic_val nor beside"),
         (add_segment, "has the segment 2, which its JSON file does not name"),
         (leave_pickle, "is a pickle, which could run any code"),
