@@ -520,6 +520,26 @@ def test_bench_segment_measures_photographs_with_own_weights(
         assert {*named, *(f"{name}_ci" for name in named)} <= part.keys()
 
 
+@pytest.mark.parametrize("options", [["--scenes", "2"], ["--data", "photos"]])
+def test_thresholds_of_the_command_line_reach_the_bench(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_object_scene(0, seed=EVALUATION_SEED)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(scene.image).save(tmp_path / "photos" / "0.png")
+    labels = scene.masks.any(axis=0).astype("uint8")
+    Image.fromarray(labels).save(tmp_path / "photos" / "0_labels.png")
+    (tmp_path / "photos" / "classes.txt").write_text("ground\nstar\n")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for threshold in ("0", "1"):
+        command = ["bench", "segment", "--device", "cpu", "--presence-threshold", threshold]
+        assert not run_command(monkeypatch, *command, *options, "--out", f"{threshold}.json")
+        figures = json.loads((tmp_path / f"{threshold}.json").read_text())
+        found[threshold] = figures.get("frames", figures)["miou"]
+    assert found["0"] > found["1"] == 0
+
+
 def test_thresholds_of_the_command_line_reach_the_segmenter(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -337,6 +337,26 @@ def test_pixels_to_ignore_count_neither_for_nor_against() -> None:
     assert apart["cgf1"] == 0.0 and apart["giou"] == 0.5
 
 
+def test_stuff_and_things_without_a_known_instance_are_left_out_of_cgf1() -> None:
+    dog, cat, sky = rectangle(0, 0, 20, 20), rectangle(30, 0, 50, 20), rectangle(0, 25, 60, 40)
+    stuff = replace(make_target("sky", sky), is_thing=False)
+    uncertain = replace(make_target("cat", cat), instances=np.zeros((0, *SIZE), dtype=bool))
+    targets = [make_target("dog", dog), stuff, uncertain, make_target("zebra")]
+    figures = measure_photos(stub({"dog": [dog]}), photograph(*targets))
+    assert figures["cgf1"] == 100.0 and figures["n_instances"] == 1
+    assert figures["miou"] == pytest.approx(1 / 3)
+
+
+def test_crops_of_one_photograph_are_one_piece_of_evidence(tmp_path: Path) -> None:
+    dogs = [rectangle(0, 0, 20, 20), rectangle(30, 0, 50, 20)]
+    annotations = load_annotations(save_photographs(tmp_path, {"dog": [dogs, dogs]}))
+    segmenter = stub({"dog": [rectangle(0, 0, 20, 20)[:20, :20]]})
+    one = measure_photos(segmenter, annotations[:1], crops=True)
+    assert one["n"] == 6 and one["miou"] > 0 and one["miou_ci"] is None
+    two = measure_photos(segmenter, annotations, crops=True)
+    assert two["n"] == 12 and two["miou_ci"] == pytest.approx([two["miou"]] * 2)
+
+
 def test_sentences_that_are_spelt_alike_are_asked_once() -> None:
     dog, cat = rectangle(0, 0, 20, 20), rectangle(30, 0, 60, 40)
     targets = [make_target("Dog.", dog), make_target("dog", cat), make_target("zebra")]
