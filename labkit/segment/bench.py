@@ -306,12 +306,12 @@ def measure_photos(
         raise InputError(f"max_absent must be at least 0, got {max_absent}")
     rows: list[PhotoRow] = []
     seconds: list[float] = []
-    groups: list[int] = []
+    count = 0
     progress = tqdm(annotations, desc="photographs", disable=not is_interactive())
     for number, photograph in enumerate(progress):
         for part in photograph.split_into_crops() if crops else [photograph]:
-            targets = _choose_targets(part, max_absent, seed=len(groups))
-            groups.append(number)
+            targets = _choose_targets(part, max_absent, seed=count)
+            count += 1
             if targets:
                 started = time.perf_counter()
                 results = _segment(segmenter, part, targets, thresholds)
@@ -323,7 +323,7 @@ def measure_photos(
         raise InputError(f"no sentence is true of any image of {annotations.name}")
     latency = np.array(seconds)
     return {
-        "n": len(groups),
+        "n": count,
         "n_images": len(annotations),
         **summarize_photos(rows),
         "seconds_per_image": float(np.median(latency)),

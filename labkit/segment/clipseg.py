@@ -136,6 +136,22 @@ def normalize_sentence(sentence: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(_END_MARKS)
 
 
+def fill_template(template: str, sentence: str) -> str:
+    """Fill a sentence into a template; a sentence with an article of its own needs no second one.
+
+    Args:
+        template: a text with one `{}`.
+        sentence: in its normal spelling.
+
+    Example:
+        >>> fill_template("a photo of a {}", "dog"), fill_template("a photo of a {}", "the man")
+        ('a photo of a dog', 'a photo of the man')
+    """
+    if sentence.partition(" ")[0] in _DETERMINERS:
+        template = re.sub(r"\b(a|an|the) \{\}", "{}", template)
+    return template.format(sentence)
+
+
 def vary_sentence(sentence: str) -> list[str]:
     """Return other forms of a sentence that may name the same things.
 
@@ -174,25 +190,6 @@ def check_templates(templates: Sequence[str]) -> None:
         if not isinstance(template, str) or not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
             shown = as_one_line(repr(template))
             raise InputError(f"a template must have one {{}} for the sentence, got {shown}")
-
-
-def fill_template(template: str, sentence: str) -> str:
-    """Fill a sentence into the one `{}` of a template.
-
-    If the sentence brings an article or another determiner, that of the template is left out.
-
-    Args:
-        template: a text with one `{}`.
-        sentence: a few words.
-
-    Example:
-        >>> fill_template("a photo of a {}", "dog"), fill_template("a photo of a {}", "the man")
-        ('a photo of a dog', 'a photo of the man')
-    """
-    words = sentence.split()
-    if words and words[0].lower() in _DETERMINERS | _QUANTITIES:
-        template = re.sub(r"\b(an?|the)\s+(?=\{\})", "", template, flags=re.IGNORECASE)
-    return template.format(sentence)
 
 
 def _find_end_of_head(words: Sequence[str]) -> int:
@@ -344,6 +341,7 @@ class ClipSeg:
         """
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
+        check_templates(templates)
         embeddings = self._embed(sentences, templates)
         encoded = image if isinstance(image, EncodedImage) else self.encode(image)
         maps = run_in_parts(
@@ -387,7 +385,6 @@ class ClipSeg:
     @torch.inference_mode()
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embeddings (S, projection) of the sentences, averaged over the templates."""
-        check_templates(templates)
         texts = [fill_template(template, s) for s in sentences for template in templates]
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings

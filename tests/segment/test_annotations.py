@@ -208,6 +208,7 @@ def test_coco_instances_name_what_is_there_what_is_absent_and_the_crowd(tmp_path
     assert not (person.ignore & person.mask).any()
     assert ball.sentence == "sports ball" and not ball.is_present
     assert load_annotations(tmp_path)[0].name == "photo.jpg"  # the folder is enough
+    assert load_annotations(path)[:1].is_exclusive
 
 
 def test_of_a_category_with_a_crowd_alone_nothing_is_known(tmp_path: Path) -> None:
@@ -251,6 +252,15 @@ def test_panoptic_colours_are_numbers_of_segments(tmp_path: Path) -> None:
     assert floor.sentence == "floor wood" and not floor.is_present
     unlabelled = HEIGHT * WIDTH - 20 * WIDTH - 15 * 30
     assert sky.ignore.sum() == unlabelled and person.ignore.sum() == unlabelled + 15 * 20
+
+
+def test_an_image_without_a_panoptic_annotation_is_left_out(tmp_path: Path) -> None:
+    path = save_panoptic(tmp_path)
+    document = json.loads(path.read_text())
+    document["images"].append({"id": 8, "file_name": "8.jpg", "height": HEIGHT, "width": WIDTH})
+    path.write_text(json.dumps(document))
+    save_image(tmp_path / "val" / "8.jpg")
+    assert [image.name for image in load_annotations(path)] == ["photo.jpg"]
 
 
 def save_refcoco(folder: Path, name: str = "refs(unc).json", **changes: Any) -> Path:
@@ -322,6 +332,7 @@ def test_phrasecut_has_polygons_of_points(tmp_path: Path) -> None:
     (image,) = load_annotations(tmp_path)
     (target,) = image.targets
     assert target.sentence == "black shirt" and target.mask.sum() == 600
+    assert not load_annotations(tmp_path)[:1].is_exclusive
     assert [int(each.sum()) for each in target.instances] == [400, 200]
 
 
@@ -372,6 +383,21 @@ def name_damaged_mask(folder: Path) -> None:
     save_coco(folder, instance(1, 1, {"size": [HEIGHT, WIDTH]}))
 
 
+def name_far_corner(folder: Path) -> None:
+    save_coco(folder, instance(1, 1, [[0, 0, 10**12, 0, 10**12, 9]]))
+
+
+def name_short_runs(folder: Path) -> None:
+    save_coco(folder, instance(1, 1, {"size": [HEIGHT, WIDTH], "counts": [10, 10**12]}))
+
+
+def name_no_number(folder: Path) -> None:
+    path = save_panoptic(folder)
+    document = json.loads(path.read_text())
+    document["annotations"][0]["segments_info"][0]["id"] = None
+    path.write_text(json.dumps(document))
+
+
 def remove_panoptic(folder: Path) -> None:
     save_panoptic(folder)
     (folder / "panoptic_val" / "photo.png").unlink()
@@ -412,6 +438,9 @@ def write_twice(folder: Path) -> None:
         (name_missing_category, "uses the category 3, which is not among its categories"),
         (name_no_mask, "annotation 1 has no segmentation"),
         (name_damaged_mask, "annotation 1 has a damaged segmentation"),
+        (name_far_corner, "annotation 1 has a damaged segmentation: a corner lies far outside"),
+        (name_short_runs, "annotation 1 has a damaged segmentation: its run lengths do not fill"),
+        (name_no_number, "is no complete COCO annotation: a segment has the id None"),
         (remove_panoptic, "names photo.png, which is neither in .*panoptic_val nor beside"),
         (add_segment, "has the segment 2, which its JSON file does not name"),
         (leave_pickle, "is a pickle, which could run any code"),

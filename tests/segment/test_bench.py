@@ -307,7 +307,8 @@ def photograph(*targets: Target) -> Annotations:
         image=np.zeros((*SIZE, 3), dtype=np.uint8),
         targets=targets,
     )
-    return Annotations("made", [SimpleNamespace(path=image.path, load=lambda: image)])  # type: ignore[list-item]
+    record: Any = SimpleNamespace(path=image.path, load=lambda: image)
+    return Annotations("made", [record], is_exclusive=True)
 
 
 def make_target(sentence: str, *masks: Masks, ignore: Masks | None = None) -> Target:
@@ -334,6 +335,26 @@ def test_pixels_to_ignore_count_neither_for_nor_against() -> None:
     assert figures["cgf1"] == 100.0  # masks in what is ignored are no false positives
     apart = measure_photos(stub(answers), photograph(targets[0], make_target("cat")))
     assert apart["cgf1"] == 0.0 and apart["giou"] == 0.5
+
+
+def test_stuff_and_things_without_a_known_instance_are_left_out_of_cgf1() -> None:
+    dog, cat, sky = rectangle(0, 0, 20, 20), rectangle(30, 0, 50, 20), rectangle(0, 25, 60, 40)
+    stuff = replace(make_target("sky", sky), is_thing=False)
+    uncertain = replace(make_target("cat", cat), instances=np.zeros((0, *SIZE), dtype=bool))
+    targets = [make_target("dog", dog), stuff, uncertain, make_target("zebra")]
+    figures = measure_photos(stub({"dog": [dog]}), photograph(*targets))
+    assert figures["cgf1"] == 100.0 and figures["n_instances"] == 1
+    assert figures["miou"] == pytest.approx(1 / 3)
+
+
+def test_crops_of_one_photograph_are_one_piece_of_evidence(tmp_path: Path) -> None:
+    dogs = [rectangle(0, 0, 20, 20), rectangle(30, 0, 50, 20)]
+    annotations = load_annotations(save_photographs(tmp_path, {"dog": [dogs, dogs]}))
+    segmenter = stub({"dog": [rectangle(0, 0, 20, 20)[:20, :20]]})
+    one = measure_photos(segmenter, annotations[:1], crops=True)
+    assert one["n"] == 6 and one["miou"] > 0 and one["miou_ci"] is None
+    two = measure_photos(segmenter, annotations, crops=True)
+    assert two["n"] == 12 and two["miou_ci"] == pytest.approx([two["miou"]] * 2)
 
 
 def test_sentences_that_are_spelt_alike_are_asked_once() -> None:
