@@ -20,27 +20,42 @@ EMA_DECAY = 0.998
 
 
 def parse_options(
-    description: str | None, *, out: str, steps: int, images: int, prompts: str, count: int
+    description: str | None,
+    *,
+    out: str,
+    prompts: str,
+    on_scenes: tuple[int, int, int],
+    on_photographs: tuple[int, int, int],
 ) -> argparse.Namespace:
     """Read the command line, set threads and random seed, and create the output folder.
 
     Args:
         description: the help text of the script.
         out: the name of the output folder below runs/training.
-        steps: the default of `--steps`.
-        images: the default of `--images`, the images in a batch.
         prompts: the name of the option for the number of sentences or prompts for each image.
-        count: the default of that option.
+        on_scenes: the defaults of `--steps`, of `--images`, the images in a batch, and of that
+            option, in a training on scenes.
+        on_photographs: the same in a training on photographs.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("runs/training") / out)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder of train and val; without it, scenes")
+    parser.add_argument("--out", type=Path, help=f"default for scenes: runs/training/{out}")
     parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--images", type=int, default=images)
-    parser.add_argument(f"--{prompts}", type=int, default=count)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--images", type=int)
+    parser.add_argument(f"--{prompts}", type=int)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.data and not arguments.out:
+        parser.error("--data needs --out: weights trained on photographs are no part of labkit")
+    arguments.out = arguments.out or Path("runs/training") / out
+    defaults = on_photographs if arguments.data else on_scenes
+    for name, default in zip(("steps", "images", prompts), defaults, strict=True):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +96,7 @@ class TrainingLoop:
 
     @property
     def _path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / "resume.ckpt"
 
     def save(self) -> None:
         """Write a checkpoint atomically."""
@@ -100,6 +115,7 @@ class TrainingLoop:
         validate: Callable[[nn.Module], dict[str, float]],
         *,
         interval: int,
+        export: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Train to the last step.
 
@@ -107,6 +123,7 @@ class TrainingLoop:
             compute_loss: takes the number of a step; returns its loss and figures for the log.
             validate: takes the model with averaged weights; returns figures for the log.
             interval: the number of steps between two validations.
+            export: takes the model with averaged weights after each validation.
         """
         last_save = time.monotonic()
         for step, row in self._steps(compute_loss):
@@ -114,6 +131,8 @@ class TrainingLoop:
                 self.averaged.eval()
                 with torch.no_grad():
                     self._log({"step": step, **row, **validate(self.averaged.module)})
+                if export:
+                    export(self.averaged.module)
             if time.monotonic() - last_save > SAVE_SECONDS or step == self.steps:
                 self.save()
                 last_save = time.monotonic()

@@ -1,31 +1,30 @@
-"""Train the tiny CLIPSeg on scenes: first the attributes of each patch, then masks of sentences.
+"""Train the tiny CLIPSeg: first what each patch shows, then the masks of sentences.
 
-    python training/train_clipseg.py --out runs/training/clipseg
+    python training/train_clipseg.py                                  # on procedural scenes
+    python training/train_clipseg.py --data FOLDER --out runs/clipseg # on photographs, see below
 
-After an interruption the same command resumes. At the end the averaged weights are written to
-`labkit/assets/clipseg-tiny`.
+After an interruption the same command resumes. Trained on scenes, the averaged weights are written
+to `labkit/assets/clipseg-tiny` at the end. FOLDER holds `train` and `val`, each with photographs
+`NAME.jpg` and label images `NAME_labels.png`; there the weights are written to the output folder
+whenever figures are, and `labkit segment --clipseg` takes it.
 """
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+import argparse
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from loop import TrainingLoop, parse_options
+from photo_clipseg import train_on_photographs
 from scene_cache import SceneCache
 from sklearn.metrics import roc_auc_score
+from tiny_clipseg import ASSETS, MEAN, PATCH_SIZE, STD, CLIPSegNetwork
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    CLIPSegConfig,
-    CLIPSegForImageSegmentation,
-    CLIPSegProcessor,
-    ViTImageProcessor,
-)
-from vocabulary import MAX_TOKENS, OTHER_NOUNS, TEMPLATES, create_tokenizer
+from transformers import CLIPTokenizer
+from vocabulary import OTHER_NOUNS, TEMPLATES, create_tokenizer
 
 from labkit.object_scenes import (
     CALIBRATION_SEED,
@@ -36,9 +35,7 @@ from labkit.object_scenes import (
     TRAINING_SEED,
 )
 
-ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "clipseg-tiny"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SIZE, PATCH_SIZE = 112, 8
+IMAGE_SIZE = 112
 GRID = IMAGE_SIZE // PATCH_SIZE
 ATTRIBUTES = (SCENE_SHAPES, tuple(SCENE_COLOURS), SCENE_PATTERNS)
 WARM_UP = 0.25  # share of the steps that train the image encoder alone
@@ -58,89 +55,13 @@ def make_sentence_table() -> torch.Tensor:
     return table
 
 
-def create_config(vocab_size: int, end_token: int) -> CLIPSegConfig:
-    """Return the configuration of a CLIPSeg with about 1.7 million weights for 112-pixel images."""
-    text = {
-        "vocab_size": vocab_size,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": end_token - 1,
-        "eos_token_id": end_token,
-        "pad_token_id": end_token,
-    }
-    vision = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
-    return CLIPSegConfig(
-        text_config=text,
-        vision_config=vision,
-        projection_dim=96,
-        reduce_dim=64,
-        extract_layers=[1, 3, 5],
-        decoder_num_attention_heads=4,
-        decoder_intermediate_size=256,
-        use_complex_transposed_convolution=False,
-    )
-
-
-class CLIPSegWithHeads(nn.Module):
+class CLIPSegWithHeads(CLIPSegNetwork):
     """CLIPSeg with auxiliary heads for each patch: attributes and offset to the object's centre."""
 
-    def __init__(self, config: CLIPSegConfig) -> None:
-        super().__init__()
-        self.clipseg = CLIPSegForImageSegmentation(config)
-        embed_dim = config.vision_config.hidden_size
-        self.heads = nn.ModuleList([nn.Linear(embed_dim, len(a) + 1) for a in ATTRIBUTES])
-        self.offset = nn.Linear(embed_dim, 2)
-        _init_local_attention(self.clipseg)
-
-    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the outputs (B, 1 + T, embed_dim) of the layers that the decoder reads."""
-        outputs = self.clipseg.clip.vision_model(images, output_hidden_states=True)
-        return tuple(outputs.hidden_states[i + 1] for i in self.clipseg.extract_layers)
-
-    def encode_sentences(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (S, projection) of sentences as tokens (S, L)."""
-        return self.clipseg.clip.get_text_features(tokens, attention_mask=mask).pooler_output
-
-    def decode(self, layers: tuple[torch.Tensor, ...], embedded: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, K, 112, 112) for K embedded sentences (B, K, projection) an image."""
-        count = embedded.shape[1]
-        repeated = tuple(layer.repeat_interleave(count, 0) for layer in layers)
-        logits = self.clipseg.decoder(repeated, embedded.flatten(0, 1)).logits
-        return logits.view(-1, count, IMAGE_SIZE, IMAGE_SIZE)
-
-
-@torch.no_grad()
-def _init_local_attention(clipseg: nn.Module) -> None:
-    """Let attention begin with near patches: sine positions, and queries equal to keys.
-
-    Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023.
-    """
-    encoder = clipseg.clip.vision_model
-    embed_dim = encoder.embeddings.position_embedding.weight.shape[1]
-    frequencies = math.pi / 2 * torch.logspace(0, -3, embed_dim // 4, base=2)
-    phases = torch.arange(GRID)[:, None] * frequencies
-    waves = torch.cat([phases.sin(), phases.cos()], 1)  # (grid, embed_dim / 2)
-    rows = waves[:, None].expand(GRID, GRID, -1)
-    positions = torch.cat([rows, rows.transpose(0, 1)], -1).reshape(GRID * GRID, embed_dim)
-    encoder.embeddings.position_embedding.weight[1:] = 0.5 * positions
-    for layer in encoder.encoder.layers:
-        attention = layer.self_attn
-        head_dim = embed_dim // attention.num_heads
-        for head in range(attention.num_heads):
-            part = slice(head * head_dim, (head + 1) * head_dim)
-            basis = torch.linalg.qr(torch.randn(embed_dim, head_dim)).Q.T
-            attention.q_proj.weight[part] = basis + 0.02 * torch.randn_like(basis)
-            attention.k_proj.weight[part] = basis + 0.02 * torch.randn_like(basis)
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__(tokenizer, IMAGE_SIZE)
+        self.heads = nn.ModuleList([nn.Linear(self.embed_dim, len(a) + 1) for a in ATTRIBUTES])
+        self.offset = nn.Linear(self.embed_dim, 2)
 
 
 class Batches:
@@ -253,23 +174,13 @@ def compute_mask_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return 4 * entropy + 0.5 * dice[present].mean()
 
 
-def main() -> None:
+def train_on_scenes(arguments: argparse.Namespace) -> None:
     """Train to the end, then write the assets."""
-    arguments = parse_options(
-        __doc__, out="clipseg", steps=3_200, images=32, prompts="sentences", count=4
-    )
-    tokenizer = create_tokenizer()
-    config = create_config(len(tokenizer), tokenizer.eos_token_id)
-    loop = TrainingLoop(
-        CLIPSegWithHeads(config), arguments.out, steps=arguments.steps, lr=arguments.lr
-    )
+    network = CLIPSegWithHeads(create_tokenizer())
+    loop = TrainingLoop(network, arguments.out, steps=arguments.steps, lr=arguments.lr)
     folder = arguments.out.parent
     train = Batches(SceneCache(folder, arguments.scenes, seed=TRAINING_SEED), arguments.images)
     val = Batches(SceneCache(folder, 600, seed=CALIBRATION_SEED), arguments.images)
-
-    def embed(network: CLIPSegWithHeads, sentences: list[str]) -> torch.Tensor:
-        encoded = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
-        return network.encode_sentences(encoded["input_ids"], encoded["attention_mask"])
 
     def forward(
         network: CLIPSegWithHeads, batches: Batches, step: int, *, decode: bool
@@ -285,7 +196,7 @@ def main() -> None:
                 return loss, accuracies, None, None
             template = str(rng.choice(TEMPLATES))
             sentences = [template.format(s) for s in SCENE_SENTENCES]
-            embedded = embed(network, sentences + make_foreign_sentences(rng))
+            embedded = network.encode_sentences(sentences + make_foreign_sentences(rng))
             indices, objects = batches.sample_sentences(attributes, arguments.sentences, generator)
             logits = network.decode(layers, embedded[indices]).float()
         target = torch.einsum("bkn,bnhw->bkhw", objects.float(), masks)
@@ -319,11 +230,22 @@ def main() -> None:
         }
 
     loop.run(compute_loss, validate, interval=250)
-    clipseg = loop.averaged.module.clipseg.half()
-    clipseg.save_pretrained(ASSETS)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = ViTImageProcessor(size=size, resample=2, image_mean=MEAN, image_std=STD)
-    CLIPSegProcessor(image_processor, tokenizer).save_pretrained(ASSETS)
+    loop.averaged.module.write(ASSETS)
+
+
+def main() -> None:
+    """Train on scenes, or on the photographs of `--data`."""
+    arguments = parse_options(
+        __doc__,
+        out="clipseg",
+        prompts="sentences",
+        on_scenes=(3_200, 32, 4),
+        on_photographs=(3_500, 16, 4),
+    )
+    if arguments.data:
+        train_on_photographs(arguments)
+    else:
+        train_on_scenes(arguments)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
-"""Train the tiny SAM-2 on scenes: a mask from points, a box and a rough mask, in any mixture.
+"""Train the tiny SAM-2: a mask from points, a box and a rough mask, in any mixture.
 
-    python training/train_sam2.py --out runs/training/sam2
+    python training/train_sam2.py                               # on procedural scenes
+    python training/train_sam2.py --data FOLDER --out runs/sam2 # on photographs, see below
 
-After an interruption the same command resumes. At the end the averaged weights are written to
-`labkit/assets/sam2-tiny`.
+After an interruption the same command resumes. Trained on scenes, the averaged weights are written
+to `labkit/assets/sam2-tiny` at the end. FOLDER is that of train_clipseg.py; there the objects are
+the connected regions of the label images, training begins with the weights for scenes, and the
+weights are written to the output folder whenever figures are; `labkit segment --sam2` takes it.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from loop import TrainingLoop, parse_options
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from omegaconf import DictConfig, OmegaConf
+from photographs import MEAN, STD, RegionBatches, read_photographs
+from safetensors.torch import load_file, save_file
 from scene_cache import SceneCache
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,16 +32,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from labkit.object_scenes import CALIBRATION_SEED, TRAINING_SEED
 
 ASSETS = Path(__file__).resolve().parents[1] / "labkit" / "assets" / "sam2-tiny"
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-IMAGE_SIZE, COARSE_SIZE = 192, 14
-LOW_RES_SIZE, FINE_SIZE = IMAGE_SIZE // 4, IMAGE_SIZE // 2
+SCENE_SIZE, PHOTO_SIZE = 192, 256  # of the images that the models see
+SCENE_GRID, PHOTO_GRID = 14, 22  # patches of the CLIPSegs whose heat maps the prompts resemble
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def create_model() -> nn.Module:
-    """Create the network of the configuration among the assets."""
+def read_config(image_size: int) -> DictConfig:
+    """Read the configuration among the assets, and set the width and height of its images."""
     config = OmegaConf.load(ASSETS / "sam2.yaml")
-    return instantiate(config.model, _recursive_=True)
+    config.model.image_size = image_size
+    return config
 
 
 class Batches:
@@ -42,7 +51,7 @@ class Batches:
     def __init__(self, cache: SceneCache, batch_size: int, prompts: int) -> None:
         self._cache, self._batch_size, self._prompts = cache, batch_size, prompts
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, step: int) -> Batch:
         """Return a batch.
 
         Returns:
@@ -59,7 +68,7 @@ class Batches:
             images, index_maps = images.flip(-1), index_maps.flip(-1)
         light = torch.from_numpy(rng.uniform(0.8, 1.2, (len(images), 3, 1, 1))).float()
         images = ((images * light).clamp(0, 1) - MEAN) / STD
-        images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear", antialias=True)
+        images = F.interpolate(images, size=SCENE_SIZE, mode="bilinear", antialias=True)
         counts = (self._cache.attributes[chosen, :, 0] != 255).sum(axis=1)
         picks = rng.integers(0, counts[:, None], (len(images), self._prompts))
         masks = index_maps[:, None] == torch.from_numpy(picks + 1)[..., None, None]
@@ -68,9 +77,20 @@ class Batches:
 
 
 class Prompts:
-    """Random prompts for masks (N, 128, 128), similar to those from a heat map."""
+    """Random prompts for masks (N, H, W), similar to those from a heat map.
 
-    def __init__(self, masks: torch.Tensor, others: torch.Tensor, seed: int) -> None:
+    Args:
+        masks: bool, of the objects.
+        others: bool, of the same shape, what the prompts may confuse with them.
+        seed: of the random numbers.
+        image_size: width and height of the images that the model sees.
+        grid: width and height of the heat map.
+    """
+
+    def __init__(
+        self, masks: torch.Tensor, others: torch.Tensor, seed: int, *, image_size: int, grid: int
+    ) -> None:
+        self._image_size, self._grid = image_size, grid
         self._rng = torch.Generator().manual_seed(seed)
         self.points, self.labels = self._make_points_and_box(masks, others)
         self.mask_logits = self._make_mask_logits(masks, others)
@@ -91,11 +111,11 @@ class Prompts:
     def _make_points_and_box(
         self, masks: torch.Tensor, others: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return points (N, 7, 2) in 192-pixel coordinates and labels (N, 7).
+        """Return points (N, 7, 2) in pixels of the model's images and labels (N, 7).
 
         The first two are the corners of a box. The label -1 means that there is no point.
         """
-        count, scale = len(masks), IMAGE_SIZE / masks.shape[-1]
+        count, scale = len(masks), self._image_size / masks.shape[-1]
         core = F.max_pool2d(1 - masks[:, None].float(), 7, 1, 3)[:, 0] < 0.5
         core = torch.where((core.sum((1, 2)) > 0)[:, None, None], core, masks)
         positive, _ = self._sample_pixels(core, 3)
@@ -120,7 +140,7 @@ class Prompts:
         return points, labels
 
     def _make_mask_logits(self, masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, 1, 48, 48) in [-10, 10] of coarse, blurred and noisy masks."""
+        """Return logits (N, 1, h, w) in [-10, 10] of coarse, blurred and noisy masks."""
         count = len(masks)
         leak = (
             torch.rand((count, 1, 1), generator=self._rng)
@@ -128,9 +148,9 @@ class Prompts:
             * self._draw_flags(count, 0.3).view(-1, 1, 1)
         )
         heat = masks.float() + leak * others.float()
-        heat = F.interpolate(heat[:, None], size=COARSE_SIZE, mode="area")
+        heat = F.interpolate(heat[:, None], size=self._grid, mode="area")
         heat = heat + 0.12 * torch.randn(heat.shape, generator=self._rng) * (heat > 0.02)
-        heat = F.interpolate(heat.clamp(0), size=LOW_RES_SIZE, mode="bicubic").clamp(0)
+        heat = F.interpolate(heat.clamp(0), size=self._image_size // 4, mode="bicubic").clamp(0)
         exponent = 0.5 + torch.rand((count, 1, 1, 1), generator=self._rng)
         heat = (heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-6)) ** exponent
         return 20 * heat - 10
@@ -152,7 +172,7 @@ def compute_boxes(masks: torch.Tensor) -> torch.Tensor:
 def decode(
     model: nn.Module, images: torch.Tensor, prompts: Prompts, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits (N, 4, 48, 48) and predicted IoU (N, 4), `count` prompts for each image.
+    """Return logits (N, 4, h, w) and predicted IoU (N, 4), `count` prompts for each image.
 
     The first of the four masks is the single mask, the others are the three of the multimask
     output.
@@ -199,51 +219,108 @@ def compute_iou(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return (predicted & masks).sum((1, 2)) / union
 
 
-def main() -> None:
-    """Train to the end, then write the assets."""
-    arguments = parse_options(
-        __doc__, out="sam2", steps=2_600, images=16, prompts="prompts", count=6
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a training on scenes and one on photographs do not have in common.
+
+    Attributes:
+        train: takes the number of a step; returns images (B, 3, image_size, image_size), masks
+            (B P, H, W) of objects, and masks of the same shape of what is not to be taken for them.
+        val: the same for validation.
+        image_size: width and height of the images that the model sees.
+        grid: width and height of the heat maps that the prompts resemble.
+    """
+
+    train: Callable[[int], Batch]
+    val: Callable[[int], Batch]
+    image_size: int
+    grid: int
+
+
+def create_task(arguments: argparse.Namespace) -> Task:
+    """Create the task for scenes, or for the photographs of `--data`."""
+    sizes = (arguments.images, arguments.prompts)
+    if arguments.data:
+        train, val = (
+            RegionBatches(
+                read_photographs(arguments.data / split),
+                *sizes,
+                image_size=PHOTO_SIZE,
+                augment=split == "train",
+            )
+            for split in ("train", "val")
+        )
+        return Task(train=train, val=val, image_size=PHOTO_SIZE, grid=PHOTO_GRID)
+    folder = arguments.out.parent
+    return Task(
+        train=Batches(SceneCache(folder, arguments.scenes, seed=TRAINING_SEED), *sizes),
+        val=Batches(SceneCache(folder, 600, seed=CALIBRATION_SEED), *sizes),
+        image_size=SCENE_SIZE,
+        grid=SCENE_GRID,
     )
-    folder, images_and_prompts = arguments.out.parent, (arguments.images, arguments.prompts)
-    train_scenes = SceneCache(folder, arguments.scenes, seed=TRAINING_SEED)
-    train = Batches(train_scenes, *images_and_prompts)
-    val = Batches(SceneCache(folder, 600, seed=CALIBRATION_SEED), *images_and_prompts)
-    loop = TrainingLoop(create_model(), arguments.out, steps=arguments.steps, lr=arguments.lr)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train to the end, and write the weights into the output folder at each validation."""
+    task, config = create_task(arguments), read_config(PHOTO_SIZE if arguments.data else SCENE_SIZE)
+    low_res_size, fine_size = task.image_size // 4, task.image_size // 2
+    model = instantiate(config.model, _recursive_=True)
+    if arguments.data:
+        model.load_state_dict(load_file(ASSETS / "sam2.safetensors"))
+    loop = TrainingLoop(model, arguments.out, steps=arguments.steps, lr=arguments.lr)
 
     def forward(
-        model: nn.Module, batches: Batches, step: int
+        model: nn.Module, batches: Callable[[int], Batch], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits and predicted IoU, the true masks, and the true IoU (N, 4)."""
         images, masks, others = batches(step)
-        logits, iou = decode(model, images, Prompts(masks, others, step), arguments.prompts)
+        prompts = Prompts(masks, others, step, image_size=task.image_size, grid=task.grid)
+        logits, iou = decode(model, images, prompts, arguments.prompts)
         with torch.no_grad():
             true_iou = torch.stack([compute_iou(logits[:, k], masks) for k in range(4)], 1)
         return logits, iou, masks, true_iou
 
     def compute_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        logits, iou, masks, true_iou = forward(loop.model, train, step)
-        low_res = resize(masks.float(), LOW_RES_SIZE, "area")
+        logits, iou, masks, true_iou = forward(loop.model, task.train, step)
+        low_res = resize(masks.float(), low_res_size, "area")
         with torch.no_grad():
             losses = torch.stack([compute_losses(logits[:, k], low_res) for k in (1, 2, 3)], 1)
             best = 1 + losses.argmin(1)
         chosen = torch.stack([logits[:, 0], logits[torch.arange(len(best)), best]], 1)
-        fine = resize(masks.float(), FINE_SIZE, "area").repeat_interleave(2, 0)
-        loss = compute_losses(resize(chosen.flatten(0, 1), FINE_SIZE, "bilinear"), fine).mean()
+        fine = resize(masks.float(), fine_size, "area").repeat_interleave(2, 0)
+        loss = compute_losses(resize(chosen.flatten(0, 1), fine_size, "bilinear"), fine).mean()
         return loss + F.mse_loss(iou, true_iou), {"train_iou": true_iou[:, 0].mean().item()}
 
     def validate(model: nn.Module) -> dict[str, float]:
         single, chosen, errors = [], [], []
         for step in range(12):
-            _, iou, _, true_iou = forward(model, val, step)
+            _, iou, _, true_iou = forward(model, task.val, step)
             single.append(true_iou[:, 0].mean())
             chosen.append(true_iou.gather(1, iou.argmax(1, keepdim=True)).mean())
             errors.append((iou - true_iou).abs().mean())
         rows = {"val_iou_single": single, "val_iou_chosen": chosen, "val_iou_error": errors}
         return {name: torch.stack(values).mean().item() for name, values in rows.items()}
 
-    loop.run(compute_loss, validate, interval=250)
-    weights = {k: v.half().contiguous() for k, v in loop.averaged.module.state_dict().items()}
-    save_file(weights, ASSETS / "sam2.safetensors")
+    def export(model: nn.Module) -> None:
+        weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, arguments.out / "sam2.safetensors")
+        OmegaConf.save(config, arguments.out / "sam2.yaml")
+
+    loop.run(compute_loss, validate, interval=200, export=export)
+
+
+def main() -> None:
+    """Train on scenes, or on the photographs of `--data`."""
+    arguments = parse_options(
+        __doc__,
+        out="sam2",
+        prompts="prompts",
+        on_scenes=(2_600, 16, 6),
+        on_photographs=(4_000, 16, 6),
+    )
+    train(arguments)
+    if not arguments.data:
+        shutil.copy(arguments.out / "sam2.safetensors", ASSETS)
 
 
 if __name__ == "__main__":

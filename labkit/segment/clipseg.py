@@ -136,6 +136,22 @@ def normalize_sentence(sentence: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(_END_MARKS)
 
 
+def fill_template(template: str, sentence: str) -> str:
+    """Fill a sentence into a template; a sentence with an article of its own needs no second one.
+
+    Args:
+        template: a text with one `{}`.
+        sentence: in its normal spelling.
+
+    Example:
+        >>> fill_template("a photo of a {}", "dog"), fill_template("a photo of a {}", "the man")
+        ('a photo of a dog', 'a photo of the man')
+    """
+    if sentence.partition(" ")[0] in _DETERMINERS:
+        template = re.sub(r"\b(a|an|the) \{\}", "{}", template)
+    return template.format(sentence)
+
+
 def vary_sentence(sentence: str) -> list[str]:
     """Return other forms of a sentence that may name the same things.
 
@@ -160,6 +176,20 @@ def vary_sentence(sentence: str) -> list[str]:
         start += 1
     other = _change_number(words[end - 1]) if start < end else ""
     return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Make sure that there is a template, and that each has one `{}` and no other brace.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if isinstance(templates, str) or not templates:
+        raise InputError(f"templates must be a list of one or more texts, got {templates!r}")
+    for template in templates:
+        if not isinstance(template, str) or not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
+            shown = as_one_line(repr(template))
+            raise InputError(f"a template must have one {{}} for the sentence, got {shown}")
 
 
 def _find_end_of_head(words: Sequence[str]) -> int:
@@ -307,10 +337,11 @@ class ClipSeg:
             proportions, its longer side as many pixels as CLIPSeg's.
 
         Raises:
-            InputError: a sentence is too long for the model.
+            InputError: a sentence is too long for the model, or a template has not one `{}`.
         """
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
+        check_templates(templates)
         embeddings = self._embed(sentences, templates)
         encoded = image if isinstance(image, EncodedImage) else self.encode(image)
         maps = run_in_parts(
@@ -354,7 +385,7 @@ class ClipSeg:
     @torch.inference_mode()
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embeddings (S, projection) of the sentences, averaged over the templates."""
-        texts = [template.format(sentence) for sentence in sentences for template in templates]
+        texts = [fill_template(template, s) for s in sentences for template in templates]
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings
         encoded = tokenizer(texts, padding=True, return_tensors="pt")

@@ -16,7 +16,13 @@ from torchvision.transforms.functional import resize
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
 from labkit.segment import clipseg as clipseg_module
 from labkit.segment.checkpoints import Checkpoint, Profile
-from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence, vary_sentence
+from labkit.segment.clipseg import (
+    ClipSeg,
+    fill_template,
+    fit_size,
+    normalize_sentence,
+    vary_sentence,
+)
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
@@ -170,6 +176,18 @@ def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
     with pytest.raises(InputError, match="24 tokens"):
         clipseg.predict_heat(image, ["abcdefghijklmnopqr"], ["a photo of a {}"])
     assert clipseg.predict_heat(image, ["abcdefghijklmnopqr"]).shape == (1, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_the_article_of_a_sentence_is_not_doubled_in_the_map(clipseg: ClipSeg) -> None:
+    image = noise(IMAGE_SIZE, IMAGE_SIZE)
+    filled = clipseg.predict_heat(image, ["the cat"], ["a {}"])
+    np.testing.assert_array_equal(filled, clipseg.predict_heat(image, ["the cat"], ["{}"]))
+
+
+@pytest.mark.parametrize("templates", [[], "a {}", ["a dog"], ["{} and {}"], ["{0}"], ["a {"]])
+def test_a_template_has_one_place_for_the_sentence(clipseg: ClipSeg, templates: Any) -> None:
+    with pytest.raises(InputError, match=r"templates? must"):
+        clipseg.predict_heat(noise(9, 9), ["dog"], templates)
 
 
 @pytest.mark.parametrize("templates", [["{}"], ["{}", "a {}"]])
@@ -413,3 +431,19 @@ def test_an_encoded_image_gives_the_same_maps(clipseg: ClipSeg) -> None:
     assert np.array_equal(
         clipseg.predict_heat(encoded, SENTENCES), clipseg.predict_heat(image, SENTENCES)
     )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "text"),
+    [
+        ("man", "a photo of a man"),
+        ("the man", "a photo of the man"),
+        ("an old man", "a photo of an old man"),
+        ("their dogs", "a photo of their dogs"),
+        ("theatre", "a photo of a theatre"),
+        ("a {} in braces", "a photo of a {} in braces"),
+    ],
+)
+def test_a_sentence_with_an_article_gets_no_second_one(sentence: str, text: str) -> None:
+    assert fill_template("a photo of a {}", sentence) == text
+    assert fill_template("{}", sentence) == sentence
