@@ -35,7 +35,7 @@ def collect_evidence(segmenter: TextSegmenter, scenes: int) -> tuple[np.ndarray,
     for number in tqdm(range(FIRST, FIRST + scenes), desc="scenes"):
         scene = make_object_scene(number, seed=CALIBRATION_SEED)
         sentences = scene.sample_sentences(number)
-        found = segmenter(scene.image, sentences, assume_present=True)
+        found = segmenter(scene.image, sentences, exclusive=True, assume_present=True)
         rows += [result.evidence.to_features() for result in found.sentences]
         truth += [sentence in scene.present for sentence in sentences]
     return np.array(rows), np.array(truth)

@@ -99,7 +99,8 @@ def measure_scene(segmenter: TextSegmenter, number: int, seed: int) -> list[Row]
     is_true = [sentence in scene.present for sentence in sentences]
     true_sentences = [s for s, true in zip(sentences, is_true, strict=True) if true]
     gated, weak = (
-        segmenter.segment_maps(scene.image, sentences, wanted=each) for each in (maps, weak_maps)
+        segmenter.segment_maps(scene.image, sentences, wanted=each, exclusive=True)
+        for each in (maps, weak_maps)
     )
     assumed, weak_assumed = (
         segmenter.segment_maps(

@@ -96,6 +96,7 @@ class TextSegmenter:
         sentences: Sequence[str],
         negatives: Sequence[str] = (),
         *,
+        exclusive: bool = False,
         assume_present: bool = False,
         presence_threshold: float | None = None,
         box_threshold: float = 0.5,
@@ -114,6 +115,9 @@ class TextSegmenter:
                 spelling. A sentence that reads like a list gives a hint in the log.
             negatives: sentences for what is not meant. Ground that fits one of them better than a
                 sentence does not count for that sentence.
+            exclusive: whether the sentences exclude each other, as "red ball" and "blue ball" do,
+                but "dog" and "animal" do not. If so, a place counts for the sentence that explains
+                it best; otherwise only `negatives` turn a sentence away.
             assume_present: skip the question whether a thing is there; the presence score is
                 reported all the same.
             presence_threshold: presence from which a sentence counts as true, in [0, 1]; higher
@@ -147,14 +151,16 @@ class TextSegmenter:
             sentences,
             wanted=maps[: len(sentences)],
             unwanted=maps[len(sentences) :],
+            exclusive=exclusive,
             assume_present=assume_present,
             thresholds=thresholds,
         )
-        results = tuple(
-            self._add_suggestions(result, encoded, spellings, maps, self._get_threshold(thresholds))
-            for result in segmentation.sentences
-        )
-        return replace(segmentation, sentences=results, file_name=get_file_name(image))
+        threshold = self._get_threshold(thresholds)
+        results = []
+        for index, result in enumerate(segmentation.sentences):
+            rivals = np.delete(maps, index, axis=0) if exclusive else maps[len(sentences) :]
+            results.append(self._add_suggestions(result, encoded, spellings, rivals, threshold))
+        return replace(segmentation, sentences=tuple(results), file_name=get_file_name(image))
 
     def _get_threshold(self, thresholds: Thresholds) -> float:
         """Presence from which a sentence counts as true."""
@@ -165,7 +171,7 @@ class TextSegmenter:
         result: SentenceResult,
         encoded: EncodedImage,
         spellings: Sequence[str],
-        maps: Maps,
+        rivals: Maps,
         threshold: float,
     ) -> SentenceResult:
         """`result` with other forms of its sentence that would be present in its place.
@@ -174,18 +180,17 @@ class TextSegmenter:
             result: of one sentence; where its score is enough, it stays as it is.
             encoded: the image.
             spellings: all sentences that were asked, also those that are not meant.
-            maps: their maps.
+            rivals: maps (R, h, w) of the sentences that this one is held against; R may be 0.
             threshold: presence from which a sentence counts as true.
         """
         forms = [form for form in vary_sentence(result.sentence) if form not in spellings]
         if result.presence >= threshold or not forms:
             return result
-        others = np.delete(maps, spellings.index(normalize_sentence(result.sentence)), axis=0)
         suggestions = {}
         with contextlib.suppress(InputError):  # a form can be too long where the sentence is not
             form_maps = self.clipseg.predict_heat(encoded, forms, self.templates)
             for form, heat in zip(forms, form_maps, strict=True):
-                (evidence,) = measure_evidence(heat[None], others)
+                (evidence,) = measure_evidence(heat[None], rivals)
                 evidence = replace(evidence, agreement=result.evidence.agreement)
                 presence = decide_before_refinement(evidence, self.presence, threshold=threshold)
                 if presence.present:
@@ -211,6 +216,7 @@ class TextSegmenter:
         *,
         wanted: Maps,
         unwanted: Maps | None = None,
+        exclusive: bool = False,
         assume_present: bool = False,
         thresholds: Thresholds | None = None,
     ) -> Segmentation:
@@ -221,13 +227,14 @@ class TextSegmenter:
             sentences: S sentences.
             wanted: maps (S, h, w) in [0, 1] of these sentences.
             unwanted: maps (U, h, w) of what is not meant; None for none.
+            exclusive: see `__call__`.
             assume_present: see `__call__`.
             thresholds: see `__call__`.
         """
         thresholds = thresholds or Thresholds()
         threshold = self._get_threshold(thresholds)
         unwanted = wanted[:0] if unwanted is None else unwanted
-        evidence = measure_evidence(wanted, unwanted)
+        evidence = measure_evidence(wanted, unwanted, exclusive=exclusive)
         is_present, is_rival = (
             [
                 assume_present

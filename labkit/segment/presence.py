@@ -33,8 +33,8 @@ class Evidence:
     Attributes:
         peak: mean probability of the hottest 0.2 % of the pixels, in [0, 1].
         contrast: peak less the median of the map, in [0, 1].
-        contrastive_margin: this map less the best other one, where this one is hot and the other is
-            hotter, in [-1, 0]; 0 if no other sentence explains the place better.
+        contrastive_margin: this map less the best of its rivals, where this one is hot and the
+            rival is hotter, in [-1, 0]; 0 if no rival explains the place better.
         agreement: soft IoU of the best mask with the heat, in [0, 1]; 1 as long as there are none.
     """
 
@@ -69,16 +69,19 @@ class Presence:
 _TYPICAL = Evidence(peak=0.5, contrast=0.45, contrastive_margin=0.0, agreement=0.6)
 
 
-def measure_evidence(maps: Maps, others: Maps) -> list[Evidence]:
+def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> list[Evidence]:
     """Evidence for each of S sentences, before there are masks.
 
     Args:
         maps: probabilities (S, h, w), one map for each sentence.
         others: maps (R, h, w) of further sentences that may explain a place better; R may be 0.
+        exclusive: whether the S sentences exclude each other, so that each is a rival of the
+            others too: a red ball is no blue ball, but a dog is also an animal.
     """
     pixels = math.prod(maps.shape[1:])
     flat = maps.reshape(len(maps), pixels)
-    rivals = np.concatenate([flat, others.reshape(len(others), pixels)])
+    outside = others.reshape(len(others), pixels)
+    rivals = np.concatenate([flat, outside])
     count = max(1, round(_PEAK_SHARE * pixels))
     peaks = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
     medians = np.median(flat, axis=1)
@@ -86,7 +89,9 @@ def measure_evidence(maps: Maps, others: Maps) -> list[Evidence]:
         Evidence(
             peak=float(peaks[index]),
             contrast=float(peaks[index] - medians[index]),
-            contrastive_margin=_measure_margin(flat[index], np.delete(rivals, index, axis=0)),
+            contrastive_margin=_measure_margin(
+                flat[index], np.delete(rivals, index, axis=0) if exclusive else outside
+            ),
         )
         for index in range(len(maps))
     ]

@@ -355,8 +355,8 @@ def test_where_everything_is_present_nothing_else_is_asked() -> None:
         ({"dog": discs((10, 10))}, ["dogs"], ["dog"]),  # it is not meant
         (
             {"dog": discs((10, 10), heat=0.6), "cat": discs((10, 10), heat=0.95)},
-            ["dogs", "cat"],
-            [],
+            ["dogs"],
+            ["cat"],
         ),
         ({"sheep": discs((10, 10), heat=0.01)}, ["sheep"], []),  # it has one form
     ],
@@ -433,6 +433,17 @@ def test_nothing_is_left_where_all_of_it_is_not_meant() -> None:
     (result,) = segmentation.sentences
     assert segmentation.objects == () and not result.present and ask.sam2.encode_calls == 0
     assert "another sentence explains the same place better" in result.reason
+
+
+def test_a_sentence_is_not_turned_away_by_another_that_is_true_of_the_same_place() -> None:
+    strict = replace(MODEL, contrastive_margin=20.0)
+    ask = segmenter(model=strict, animal=discs((14, 24), heat=0.6), dog=discs((14, 24), heat=0.95))
+    both = ask(noise(48, 48), ["animal", "dog"])
+    assert [result.present for result in both.sentences] == [True, True] and len(both) == 2
+    apart = ask(noise(48, 48), ["animal", "dog"], exclusive=True)
+    assert [result.present for result in apart.sentences] == [False, True]
+    negative = ask(noise(48, 48), ["animal"], ["dog"])
+    assert not negative["animal"].present
 
 
 def test_rivals_get_background_points_where_the_other_is() -> None:

@@ -32,7 +32,7 @@ def bump(x0: int, peak: float = 0.8, ground: float = 0.05) -> NDArray[np.float32
 
 def evidence_of(maps: NDArray[np.float32]) -> list[Evidence]:
     """Evidence for each of the maps (S, h, w), the others being its rivals."""
-    return measure_evidence(maps, maps[:0])
+    return measure_evidence(maps, maps[:0], exclusive=True)
 
 
 def test_evidence_of_hand_made_maps() -> None:
@@ -144,6 +144,14 @@ def test_maps_of_unwanted_sentences_are_rivals_without_evidence_of_their_own() -
     (evidence,) = measure_evidence(bump(10, 0.4)[None], bump(10, 0.8)[None])
     both = evidence_of(np.stack([bump(10, 0.4), bump(10, 0.8)]))
     assert evidence == both[0]
+
+
+def test_wanted_sentences_are_no_rivals_unless_they_exclude_each_other() -> None:
+    animal_and_dog = np.stack([bump(20, 0.5), bump(20, 0.9)])
+    animal, dog = measure_evidence(animal_and_dog, animal_and_dog[:0])
+    assert animal.contrastive_margin == dog.contrastive_margin == 0
+    animal, dog = measure_evidence(animal_and_dog, animal_and_dog[:0], exclusive=True)
+    assert animal.contrastive_margin < -0.2 and dog.contrastive_margin == 0
 
 
 def test_heat_alone_decides_before_refinement() -> None:
