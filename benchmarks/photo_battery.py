@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from labkit.segment.annotations import AnnotatedImage, load_annotations
 from labkit.segment.checkpoints import get_profile
 from labkit.segment.instances import label_components, measure_depth
 from labkit.segment.metrics import auroc, bootstrap_interval, match_instances, mcc, pairwise_iou
@@ -40,15 +41,8 @@ Floats = NDArray[np.float32]
 
 GRID, LONGEST, LOW_RES, SMALL_RES = 22, 352, 256, 64
 KINDS = ("articulated", "thin", "contained", "disconnected", "crowd", "stuff", "small", "all")
-CAMVID = (
-    *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"),
-    *("pedestrian", "bicyclist"),
-)
-COCO = {1: "person", 37: "ball", 184: "tree", 187: "sky", 193: "grass"}
-STUFF = {"sky", "building", "road", "pavement", "tree", "fence", "grass"}
 PEOPLE = {"person", "pedestrian", "bicyclist"}
 ABSENT = ("horse", "boat", "elephant")
-SMALLEST = 0.001  # of the image: smaller regions of a label image are no objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +53,13 @@ class Photo:
         name: of the file and the draw.
         size: (H, W).
         masks: for each class, its objects (N, H, W).
+        stuff: the classes that cannot be counted.
     """
 
     name: str
     size: tuple[int, int]
     masks: dict[str, NDArray[np.bool_]]
+    stuff: frozenset[str]
 
     @property
     def number(self) -> int:
@@ -71,76 +67,62 @@ class Photo:
         return zlib.crc32(self.name.encode())
 
 
-def read_camvid(folder: Path, limit: int) -> Iterator[Photo]:
-    """Read label images: objects are connected regions, stuff is one object."""
-    from PIL import Image
-
-    paths = sorted(folder.glob("*_labels.png"))
-    for path in paths[:: max(1, len(paths) // limit)][:limit]:
-        labels = np.asarray(Image.open(path))
-        masks = {}
-        for number, name in enumerate(CAMVID):
-            everything = labels == number
-            pieces, areas = label_components(everything)
-            large = np.flatnonzero(areas >= SMALLEST * labels.size)[1:]
-            if name in STUFF and everything.mean() >= 0.01:
-                masks[name] = everything[None]
-            elif name not in STUFF and len(large):
-                masks[name] = np.stack([pieces == piece for piece in large])
-        yield Photo(path.stem, labels.shape, masks)
+def read_photos(folder: Path, limit: int, draws: int) -> Iterator[Photo]:
+    """Read `limit` photographs of CamVid, and `draws` of each of COCO and VOC, which are few."""
+    camvid = load_annotations(folder / "camvid" / "val")
+    for image in camvid[:: max(1, len(camvid) // limit)][:limit]:
+        yield make_photo(image)
+    for path in (folder / "photos" / "coco", folder / "photos" / "voc"):
+        for image in load_annotations(path):
+            photo = make_photo(image)
+            for draw in range(draws):
+                yield replace(photo, name=f"{photo.name} {draw}")
 
 
-def read_coco(folder: Path) -> Iterator[Photo]:
-    """Read panoptic annotations."""
-    import json
-
-    from PIL import Image
-
-    for path in sorted(folder.glob("*_panoptic.json")):
-        document = json.loads(path.read_text())
-        for annotation in document["annotations"]:
-            rgb = np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")).astype(np.int64)
-            numbers = rgb @ (1, 256, 65536)
-            masks: dict[str, list[Mask]] = {}
-            for segment in annotation["segments_info"]:
-                if segment["category_id"] in COCO and not segment["iscrowd"]:
-                    name = COCO[segment["category_id"]]
-                    masks.setdefault(name, []).append(numbers == segment["id"])
-            yield Photo(path.stem, numbers.shape, {k: np.stack(v) for k, v in masks.items()})
+def make_photo(image: AnnotatedImage) -> Photo:
+    """The true masks of an annotated image: its things, and what stuff is not small."""
+    present = [target for target in image.targets if target.is_present]
+    masks = {
+        target.sentence: target.instances
+        for target in present
+        if len(target.instances) and (target.is_thing or target.mask.mean() >= 0.01)
+    }
+    stuff = frozenset(target.sentence for target in present if not target.is_thing)
+    return Photo(image.name, image.image.shape[:2], masks, stuff)
 
 
-def read_voc(folder: Path) -> Iterator[Photo]:
-    """Read COCO instances."""
-    from pycocotools.coco import COCO as Annotations
+def stage_photo(photo: Photo) -> Photo:
+    """Put a post in front of each third large thing, and a child in front of each second adult.
 
-    data = Annotations(folder / "instances.json")
-    for image in data.imgs.values():
-        masks: dict[str, list[Mask]] = {}
-        for annotation in data.imgToAnns[image["id"]]:
-            name = data.cats[annotation["category_id"]]["name"]
-            masks.setdefault(name, []).append(data.annToMask(annotation).astype(bool))
-        size = image["height"], image["width"]
-        yield Photo(image["file_name"], size, {k: np.stack(v) for k, v in masks.items()})
-
-
-def cut_by_occluder(photo: Photo) -> Photo:
-    """Cut each third large thing in two by an upright post, as a lamp post in front of it would."""
+    What is behind the post or the child is no longer seen: it is cut from the mask.
+    """
     masks = {}
     for number, (name, objects) in enumerate(photo.masks.items()):
-        objects = objects.copy()
+        objects, children = objects.copy(), []
         for index, mask in enumerate(objects):
-            if name not in STUFF and mask.mean() > 0.005 and (index + number) % 3 == 0:
-                left, _, right, _ = make_box(mask).astype(int)
+            if name in photo.stuff or mask.mean() <= 0.005:
+                continue
+            left, top, right, bottom = make_box(mask).astype(int)
+            if (index + number) % 3 == 0:
                 at = left + int((0.3 + 0.1 * (index % 3)) * (right - left))
                 mask[:, at : at + max(4, (right - left) // 12)] = False
-        masks[name] = objects
-    return Photo(photo.name, photo.size, masks)
+            elif name in PEOPLE and (index + number) % 3 == 1:
+                adult = mask[top:bottom, left:right].astype(np.uint8)
+                child = np.zeros_like(mask)
+                small = cv2.resize(adult, None, fx=0.5, fy=0.45) > 0
+                x, y = left + (right - left) // 4, bottom - len(small)
+                child[y:bottom, x : x + small.shape[1]] = small
+                mask &= ~child
+                children.append(child)
+        masks[name] = np.stack([*objects, *children])
+    return replace(photo, masks=masks)
 
 
-def list_kinds(name: str, index: int, objects: NDArray[np.bool_]) -> set[str]:
-    """The kinds of object `index` of a class, all of whose objects are (N, H, W)."""
+def list_kinds(photo: Photo, name: str, index: int) -> set[str]:
+    """The kinds of object `index` of a class."""
+    objects = photo.masks[name]
     mask = objects[index]
-    if name in STUFF:
+    if name in photo.stuff:
         return {"stuff", "all"}
     kinds, area = {"all"}, mask.mean()
     left, top, right, bottom = make_box(mask)
@@ -251,7 +233,7 @@ def list_regions(photo: Photo, seed: int) -> list[Region]:
         thin = measure_depth(mask).max() < 3
         regions.append(Region(mask, 1, rng.uniform(0.82, 0.95) - 0.15 * thin))
         rows, columns = np.nonzero(mask)
-        if name in STUFF:
+        if name in photo.stuff:
             seeds = rng.integers(0, len(rows), 4)
             far = (rows[:, None] - rows[seeds]) ** 2 + (columns[:, None] - columns[seeds]) ** 2
             part_of = far.argmin(axis=1)
@@ -264,12 +246,12 @@ def list_regions(photo: Photo, seed: int) -> list[Region]:
             regions.append(Region(piece, 0, rng.uniform(0.75, 0.93)))
         near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
         same = [m for n, m in objects if n == name and m is not mask and (m & near).any()]
-        other = [m for n, m in objects if n != name and n not in STUFF and (m & near).any()]
+        other = [m for n, m in objects if n != name and n not in photo.stuff and (m & near).any()]
         for group in (same, other[:1]):
             if group:
                 together = np.any([mask, *group], axis=0)
                 regions.append(Region(together, 2, rng.uniform(0.6, 0.85)))
-        if name not in STUFF:  # the whole and the ground around it: a blob
+        if name not in photo.stuff:  # the whole and the ground around it: a blob
             blob = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
             regions.append(Region(blob, 2, rng.uniform(0.5, 0.75)))
     return regions
@@ -420,7 +402,7 @@ def measure_photo(
 ) -> Iterator[ObjectRow | SentenceRow]:
     """Ask for every class, a synonym and what is absent; and for a class beside a like one."""
     names = list(photo.masks)
-    things = [name for name in names if name not in STUFF]
+    things = [name for name in names if name not in photo.stuff]
     if not names:
         return
     sam2.look_at(photo)
@@ -469,10 +451,10 @@ def _ask(
         if result.objects:
             masks = np.stack([o.mask for o in result.objects])
         class_name = name.removeprefix("another word for ")
-        if class_name in STUFF:
+        if class_name in photo.stuff:
             masks = masks.any(axis=0, keepdims=True)[: len(masks)]
         kinds = [
-            frozenset(extra or list_kinds(class_name, index, objects))
+            frozenset(extra or list_kinds(photo, class_name, index))
             for index in range(len(objects))
         ]
         table = pairwise_iou(objects, masks)
@@ -526,15 +508,6 @@ def summarize(rows: Sequence[ObjectRow | SentenceRow]) -> dict[str, Any]:
     }
 
 
-def read_photos(folder: Path, limit: int, draws: int) -> list[Photo]:
-    """`limit` photographs of CamVid, and `draws` of each of COCO and VOC, which are few."""
-    photos = list(read_camvid(folder / "camvid" / "val", limit))
-    few = [*read_coco(folder / "photos" / "coco"), *read_voc(folder / "photos" / "voc")]
-    for draw in range(draws):
-        photos += [Photo(f"{photo.name} {draw}", photo.size, photo.masks) for photo in few]
-    return [cut_by_occluder(photo) for photo in photos]
-
-
 def main() -> None:
     """Measure, and write benchmarks/results/photo-battery.json."""
     from common import write_result  # beside this script
@@ -546,7 +519,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/photo-battery.json"))
     arguments = parser.parse_args()
-    photos = read_photos(arguments.data, arguments.limit, arguments.draws)
+    photos = [
+        stage_photo(photo)
+        for photo in read_photos(arguments.data, arguments.limit, arguments.draws)
+    ]
     sam2 = KnowingSam2(arguments.seed)
     stand_ins: Any = GivenMaps(), sam2
     segmenter = TextSegmenter(*stand_ins, presence=get_profile("full").presence)

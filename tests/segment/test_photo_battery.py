@@ -18,6 +18,7 @@ from benchmarks.photo_battery import (
     SentenceRow,
     list_kinds,
     make_heat,
+    stage_photo,
     summarize,
 )
 from labkit.segment.prompts import Prompt, make_box
@@ -39,6 +40,7 @@ PHOTO = Photo(
     "made up",
     (240, 320),
     {"person": np.stack([PERSON, FAR]), "pole": POLE[None], "sky": SKY[None]},
+    frozenset({"sky"}),
 )
 
 
@@ -53,15 +55,20 @@ def test_heat_is_a_function_of_its_seed_and_weaker_where_the_object_is_small() -
 
 
 def test_kinds_are_those_of_the_shape_and_the_neighbours() -> None:
-    people = PHOTO.masks["person"]
-    assert list_kinds("person", 0, people) == {"all", "articulated"}
-    assert list_kinds("person", 1, people) == {"all", "small"}
-    assert list_kinds("pole", 0, PHOTO.masks["pole"]) == {"all", "thin"}
-    assert list_kinds("sky", 0, PHOTO.masks["sky"]) == {"all", "stuff"}
-    cut = PERSON & ~block(0, 50, 240, 6)
-    assert "disconnected" in list_kinds("person", 0, cut[None])
-    inner = np.stack([PERSON, block(100, 50, 30, 20)])
-    assert "contained" in list_kinds("person", 1, inner)
+    assert list_kinds(PHOTO, "person", 0) == {"all", "articulated"}
+    assert list_kinds(PHOTO, "person", 1) == {"all", "small"}
+    assert list_kinds(PHOTO, "pole", 0) == {"all", "thin"}
+    assert list_kinds(PHOTO, "sky", 0) == {"all", "stuff"}
+
+
+def test_post_and_child_make_disconnected_and_contained_objects() -> None:
+    people = np.stack([PERSON, PERSON.copy()])
+    staged = stage_photo(Photo("made up", (240, 320), {"person": people}, frozenset()))
+    assert len(staged.masks["person"]) == 3
+    assert "disconnected" in list_kinds(staged, "person", 0)
+    assert "contained" in list_kinds(staged, "person", 2)
+    _, adult, child = staged.masks["person"]
+    assert not (adult & child).any() and np.array_equal(adult | child, PERSON)
 
 
 def test_stand_in_answers_a_point_with_part_whole_and_several() -> None:
