@@ -88,6 +88,7 @@ class Query:
         pending: prompts that SAM-2 has not been given yet, in pixels of `heat`.
         prompts: prompts that SAM-2 was given.
         candidates: the masks so far, best first.
+        blur: by how many pixels the map was smoothed.
     """
 
     sentence: str
@@ -95,6 +96,7 @@ class Query:
     pending: tuple[Prompt, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    blur: float = 0.0
 
 
 def init_queries(
@@ -122,7 +124,8 @@ def init_queries(
             where it is higher in relation to the peak of its map.
         box_threshold: see `labkit.segment.prompts.make_prompts`.
     """
-    wanted, unwanted = (_smooth(maps, _BLUR * patch_size) for maps in (wanted, unwanted))
+    blur = _BLUR * patch_size
+    wanted, unwanted = (_smooth(maps, blur) for maps in (wanted, unwanted))
     wanted_shares, unwanted_shares = (
         np.array([scale_to_peak(heat) for heat in maps], np.float32).reshape(maps.shape)
         for maps in (wanted, unwanted)
@@ -132,7 +135,7 @@ def init_queries(
     present = np.asarray(is_present, dtype=bool)
     queries = []
     for index, sentence in enumerate(sentences):
-        query = Query(sentence=sentence, heat=wanted[index])
+        query = Query(sentence=sentence, heat=wanted[index], blur=blur)
         if present[index]:
             heat = _remove_unwanted(wanted[index], levels[index], unwanted_level)
             others = present & (np.arange(len(wanted)) != index)
@@ -165,6 +168,8 @@ def generate_masks(
     thresholds = thresholds or Thresholds()
     height, width = query.heat.shape
     scale = np.array([sam2.image_size / width, sam2.image_size / height])
+    low_res = sam2.low_res_size
+    blur = (query.blur * low_res / width, query.blur * low_res / height)
     for _ in range(_ROUNDS):
         if not query.pending:
             break
@@ -182,7 +187,7 @@ def generate_masks(
         )
         predictions = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
         candidates = [
-            select_mask(prompt, logits - thresholds.mask, ious)
+            select_mask(prompt, logits - thresholds.mask, ious, blur)
             for prompt, logits, ious in zip(prompts, *predictions, strict=True)
         ]
         del predictions  # four masks a prompt, of which one is kept

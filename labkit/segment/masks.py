@@ -62,13 +62,16 @@ class Rle(TypedDict):
     counts: str
 
 
-def select_mask(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
+def select_mask(
+    prompt: Prompt, logits: Logits, ious: Logits, blur: tuple[float, float] = (0.0, 0.0)
+) -> Candidate:
     """Select the best of M masks for a prompt: predicted IoU × stability × agreement; clean it.
 
     Args:
         prompt: what SAM-2 was told.
         logits: (M, S, S).
         ious: predicted IoUs (M,).
+        blur: of the heat that the prompt was made of; see `measure_agreement`.
     """
     heat = (prompt.mask_logits + 10) / 20  # relative heat, see make_mask_logits
     candidates = [
@@ -76,7 +79,7 @@ def select_mask(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
             logits=mask,
             predicted_iou=float(np.clip(iou, 0, 1)),
             stability=measure_stability(mask),
-            agreement=measure_agreement(mask > 0, heat),
+            agreement=measure_agreement(mask > 0, heat, blur),
         )
         for mask, iou in zip(logits, ious, strict=True)
     ]
@@ -90,17 +93,30 @@ def measure_stability(logits: Logits) -> float:
     return float((logits > _STABILITY_OFFSET).sum() / area) if area else 0.0
 
 
-def measure_agreement(mask: Mask, heat: Logits) -> float:
+def measure_agreement(mask: Mask, heat: Logits, blur: tuple[float, float] = (0.0, 0.0)) -> float:
     """Soft IoU in [0, 1] of a mask (S, S) with relative heat (S, S) in [0, 1].
+
+    A map shows a thin pole as a wide stripe. So that the pole agrees with it better than a mask as
+    wide as the stripe, a mask is seen as the map would show it: blurred, relative to its peak.
+
+    Args:
+        mask: (S, S).
+        heat: (S, S).
+        blur: the spread (x, y), in pixels, of what the heat shows of a point; 0 is no blur.
 
     Example:
         >>> mask = np.array([[True, True, False]])
         >>> measure_agreement(mask, np.array([[1.0, 0.5, 0.5]], dtype=np.float32))
         0.6
     """
-    intersection = float(heat[mask].sum())
-    union = float(mask.sum() + heat.sum() - intersection)
-    return intersection / union if union else 0.0
+    import cv2
+
+    seen = mask.astype(np.float32)
+    if min(blur) > 0 and mask.any():
+        seen = cv2.GaussianBlur(seen, (0, 0), sigmaX=blur[0], sigmaY=blur[1])
+        seen /= seen.max()
+    union = float(np.maximum(seen, heat).sum())
+    return float(np.minimum(seen, heat).sum()) / union if union else 0.0
 
 
 def remove_small_regions(logits: Logits) -> Logits:

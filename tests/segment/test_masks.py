@@ -79,6 +79,26 @@ def test_choice_is_the_best_product_of_the_three_scores() -> None:
     assert (only.predicted_iou, only.agreement) == (1.0, 0.0)
 
 
+def test_thin_mask_wins_over_a_blob_where_the_heat_is_a_blurred_pole() -> None:
+    import cv2
+
+    pole, blob = (np.zeros((64, 64), dtype=bool) for _ in range(2))
+    pole[8:56, 31:33], blob[6:58, 26:38] = True, True
+    heat = cv2.GaussianBlur(pole.astype(np.float32), (0, 0), 5)
+    heat /= heat.max()
+    prompt = Prompt(
+        points=np.array([[31.0, 30.0]]),
+        labels=np.array([1]),
+        box=np.array([26.0, 6.0, 38.0, 58.0]),
+        mask_logits=heat * 20 - 10,
+        region=blob,
+    )
+    logits, ious = np.stack([as_logits(pole), as_logits(blob)]), np.full(2, 0.8, np.float32)
+    assert np.array_equal(masks.select_mask(prompt, logits, ious).logits, logits[1])
+    best = masks.select_mask(prompt, logits, ious, blur=(5.0, 5.0))
+    assert np.array_equal(best.logits, logits[0]) and best.agreement > 0.95
+
+
 def test_small_hole_is_filled_and_a_rings_stays() -> None:
     solid = square(2, 18)
     pierced = solid.copy()
