@@ -23,6 +23,7 @@ from labkit.segment.checkpoints import PresenceModel
 Maps = NDArray[np.float32]
 
 _PEAK_SHARE = 0.002  # of all pixels: their mean is the peak, so that no single one decides
+_GROUND = 0.05  # share of the pixels, the coolest ones, that are ground in any case
 _SMALLEST = 1e-4
 
 
@@ -32,7 +33,8 @@ class Evidence:
 
     Attributes:
         peak: mean probability of the hottest 0.2 % of the pixels, in [0, 1].
-        contrast: peak less the median of the map, in [0, 1].
+        contrast: peak less the ground, which is the coolest twentieth of the map, in [0, 1]; sky or
+            a road may fill most of an image.
         contrastive_margin: this map less the best of its rivals, where this one is hot and the
             rival is hotter, in [-1, 0]; 0 if no rival explains the place better.
         agreement: soft IoU of the best mask with the heat, in [0, 1]; 1 as long as there are none.
@@ -84,11 +86,11 @@ def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> li
     rivals = np.concatenate([flat, outside])
     count = max(1, round(_PEAK_SHARE * pixels))
     peaks = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
-    medians = np.median(flat, axis=1)
+    grounds = np.quantile(flat, _GROUND, axis=1)
     return [
         Evidence(
             peak=float(peaks[index]),
-            contrast=float(peaks[index] - medians[index]),
+            contrast=float(peaks[index] - grounds[index]),
             contrastive_margin=_measure_margin(
                 flat[index], np.delete(rivals, index, axis=0) if exclusive else outside
             ),

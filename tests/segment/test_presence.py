@@ -51,6 +51,13 @@ def test_evidence_of_hand_made_maps() -> None:
     assert {evidence.agreement for evidence in (first, second, flat)} == {1.0}
 
 
+def test_stuff_that_fills_most_of_the_image_stands_out_from_the_rest() -> None:
+    sky = np.full((1, 40, 50), 0.8, np.float32)
+    sky[:, 36:] = 0.05
+    assert evidence_of(sky)[0].contrast == pytest.approx(0.75)
+    assert evidence_of(np.full((1, 40, 50), 0.8, np.float32))[0].contrast == pytest.approx(0)
+
+
 def test_one_pixel_does_not_make_a_peak() -> None:
     spike = np.zeros((1, 100, 100), np.float32)
     spike[0, 50, 50] = 1
