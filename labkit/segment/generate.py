@@ -7,6 +7,7 @@ masks. And what the masks leave of the heat, `uncovered_heat`, is prompted for i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,7 @@ _ROUNDS = 3
 _BLUR = 0.56  # of a patch: the spread that takes the grain of the vision tower out of a map
 _FAINT = 0.25  # of the peak: unwanted heat may take the peak, and leave no more than its foot
 _SUPPORT = 0.65  # share of the hottest mask's mean heat that the mean heat of another must reach
+_FLOOR = 0.35  # probability that is enough, whatever that of the hottest mask
 _MIN_AGREEMENT = 0.35  # of a mask with the uncovered heat, from the second round on
 
 _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point counts
@@ -89,6 +91,8 @@ class Query:
         prompts: prompts that SAM-2 was given.
         candidates: the masks so far, best first.
         blur: by how many pixels the map was smoothed.
+        floor: probability from which an object counts, however hot another one is; infinite where
+            maps are only relative.
     """
 
     sentence: str
@@ -97,6 +101,7 @@ class Query:
     prompts: tuple[Prompt, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     blur: float = 0.0
+    floor: float = math.inf
 
 
 def init_queries(
@@ -135,7 +140,8 @@ def init_queries(
     present = np.asarray(is_present, dtype=bool)
     queries = []
     for index, sentence in enumerate(sentences):
-        query = Query(sentence=sentence, heat=wanted[index], blur=blur)
+        floor = _FLOOR if absolute else math.inf
+        query = Query(sentence=sentence, heat=wanted[index], blur=blur, floor=floor)
         if present[index]:
             heat = _remove_unwanted(wanted[index], levels[index], unwanted_level)
             others = present & (np.arange(len(wanted)) != index)
@@ -192,7 +198,7 @@ def generate_masks(
         ]
         del predictions  # four masks a prompt, of which one is kept
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
-    return replace(query, candidates=_keep_supported(query.candidates, query.heat))
+    return replace(query, candidates=_keep_supported(query))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,12 +263,13 @@ def split_instances(
     return split
 
 
-def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
+def uncovered_heat(heat: Heat, masks: Sequence[Mask], floor: float = math.inf) -> Heat:
     """The part of a heat map that calls for one more object.
 
     Args:
         heat: (h, w), not negative.
         masks: (h, w) each, of the objects so far.
+        floor: heat that is hot in any case; otherwise half the peak is.
 
     Returns:
         (h, w): `heat` where it is hot, compact and clear of every mask, with its slopes; else 0.
@@ -277,7 +284,7 @@ def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
     covered = np.any(masks, axis=0).astype(np.uint8)
     free = cv2.dilate(covered, cross, iterations=reach) == 0
     shares = scale_to_peak(heat)
-    hot = (free & (shares >= _HOT)).astype(np.uint8)
+    hot = (free & ((shares >= _HOT) | (heat >= floor))).astype(np.uint8)
     core = cv2.erode(hot, cross, iterations=reach, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     compact = cv2.dilate(core, cross, iterations=reach) > 0
     pieces, areas = label_components(free & (shares >= _SLOPE), connectivity=4)
@@ -336,7 +343,7 @@ def _update(
     if kept == list(query.candidates):  # the same heat would be left, and prompted for again
         return replace(query, prompts=given, pending=())
     masks = [upsample_mask(candidate.logits, query.heat.shape) for candidate in kept]
-    rest = uncovered_heat(query.heat, masks)
+    rest = uncovered_heat(query.heat, masks, query.floor)
     pending = make_prompts(
         rest,
         low_res_size=low_res_size,
@@ -346,12 +353,13 @@ def _update(
     return replace(query, prompts=given, pending=tuple(pending), candidates=tuple(kept))
 
 
-def _keep_supported(candidates: Sequence[Candidate], heat: Heat) -> tuple[Candidate, ...]:
-    """The masks that the map (h, w) really means: hot all over, about as hot as the others."""
-    masks = [upsample_mask(candidate.logits, heat.shape) for candidate in candidates]
+def _keep_supported(query: Query) -> tuple[Candidate, ...]:
+    """The masks that the map really means: hot all over, or about as hot as the hottest."""
+    heat = query.heat
+    masks = [upsample_mask(candidate.logits, heat.shape) for candidate in query.candidates]
     means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
-    lowest = _SUPPORT * max(means, default=0.0)
-    return tuple(c for c, mean in zip(candidates, means, strict=True) if mean >= lowest)
+    lowest = min(_SUPPORT * max(means, default=0.0), query.floor)
+    return tuple(c for c, mean in zip(query.candidates, means, strict=True) if mean >= lowest)
 
 
 def _remove_unwanted(heat: Heat, level: Heat, unwanted: Heat) -> Heat:

@@ -98,6 +98,14 @@ def test_masks_as_hot_as_the_best_stay_and_a_lukewarm_one_goes() -> None:
         assert len(query.prompts) == 3 and are_equal(masks_of(query), expected)
 
 
+def test_a_fainter_second_object_stays_above_an_absolute_floor() -> None:
+    hot, faint = disc(12, 24, 8, LOW_RES), disc(35, 24, 8, LOW_RES)
+    for heat, expected in ((0.52, [hot, faint]), (0.43, [hot, faint]), (0.25, [hot])):
+        sam2 = KnowingSam2(KnownObject(hot), KnownObject(faint))
+        (query,) = run_queries(sam2, 0.9 * hot + heat * faint)
+        assert are_equal(masks_of(query), expected), heat
+
+
 def test_mask_much_larger_than_its_heat_goes() -> None:
     hot, small, wide = disc(12, 24, 8, LOW_RES), disc(35, 24, 5, LOW_RES), disc(35, 24, 11, LOW_RES)
     (query,) = run_queries(KnowingSam2(KnownObject(hot), KnownObject(wide)), hot | small)
