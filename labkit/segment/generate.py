@@ -91,6 +91,8 @@ class Query:
         prompts: prompts that SAM-2 was given.
         candidates: the masks so far, best first.
         blur: by how many pixels the map was smoothed.
+        lead: (h, w), by how much an unwanted sentence explains each pixel better than this one, or
+            less than 0; None where nothing is unwanted.
         floor: probability from which an object counts, however hot another one is; infinite where
             maps are only relative.
     """
@@ -101,6 +103,7 @@ class Query:
     prompts: tuple[Prompt, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     blur: float = 0.0
+    lead: Heat | None = None
     floor: float = math.inf
 
 
@@ -152,7 +155,8 @@ def init_queries(
                 competing=find_competing_heat(scale_to_peak(heat), rivals),
                 box_threshold=box_threshold,
             )
-            query = replace(query, heat=heat, pending=tuple(prompts))
+            lead = unwanted_level - levels[index] if len(unwanted) else None
+            query = replace(query, heat=heat, pending=tuple(prompts), lead=lead)
         queries.append(query)
     return queries
 
@@ -354,12 +358,18 @@ def _update(
 
 
 def _keep_supported(query: Query) -> tuple[Candidate, ...]:
-    """The masks that the map really means: hot all over, or about as hot as the hottest."""
-    heat = query.heat
-    masks = [upsample_mask(candidate.logits, heat.shape) for candidate in query.candidates]
-    means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
-    lowest = min(_SUPPORT * max(means, default=0.0), query.floor)
-    return tuple(c for c, mean in zip(query.candidates, means, strict=True) if mean >= lowest)
+    """The masks that the map really means: hot all over, or about as hot as the hottest.
+
+    A mask inside which an unwanted sentence is hotter, on average, is not meant.
+    """
+    meant: list[tuple[Candidate, float]] = []
+    for candidate in query.candidates:
+        mask = upsample_mask(candidate.logits, query.heat.shape)
+        lead = query.lead[mask].sum() if query.lead is not None else 0.0
+        if lead <= 0:
+            meant.append((candidate, float(query.heat[mask].mean()) if mask.any() else 0.0))
+    lowest = min(_SUPPORT * max((mean for _, mean in meant), default=0.0), query.floor)
+    return tuple(candidate for candidate, mean in meant if mean >= lowest)
 
 
 def _remove_unwanted(heat: Heat, level: Heat, unwanted: Heat) -> Heat:

@@ -415,3 +415,19 @@ def test_higher_mask_threshold_gives_smaller_masks() -> None:
         areas.append(int(masks_of(query)[0].sum()))
         assert areas[-1] == (hill > 3 + threshold).sum()
     assert areas[0] > areas[1] > areas[2]
+
+
+def test_what_is_not_meant_competes_for_whole_masks() -> None:
+    """A rim of the object's ground is the sentence's own; most of the object is not."""
+    disc_mask = disc(24, 24, 12, LOW_RES)
+    rim = disc_mask & ~disc(24, 24, 8, LOW_RES)
+    wanted = np.where(rim, 0.6, np.where(disc_mask, 0.5, 0)).astype(np.float32)
+    unwanted = np.where(disc(24, 24, 9, LOW_RES), 0.9, 0).astype(np.float32)
+    stub: Any = KnowingSam2(KnownObject(disc_mask))
+    features: Any = object()
+    for others, count in ((wanted[None] * 0, 1), (unwanted[None], 0)):
+        (query,) = init_queries(
+            ["object"], wanted[None], others, [True], patch_size=PATCH, low_res_size=LOW_RES
+        )
+        assert len(query.pending) >= 1
+        assert len(generate_masks(stub, features, query).candidates) == count
