@@ -8,7 +8,7 @@ masks. And what the masks leave of the heat, `uncovered_heat`, is prompted for i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +51,9 @@ _MIN_AGREEMENT = 0.35  # of a mask with the uncovered heat, from the second roun
 _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point counts
 _POINTS_AT_ONCE = 32  # of which only the best masks are kept, small
 _INSIDE = 0.5  # share of a point's mask that must lie in the region of its prompt
+_ALIKE = 0.2  # of the largest mask's area: a smaller one is a part of something
+_TOGETHER = 0.6  # share of a region that the masks of its objects must cover
+_CONTAINS = 0.85  # share of the parts that the mask of the whole must cover
 
 _HOT = 0.5  # share of the peak that uncovered ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
@@ -176,10 +179,18 @@ def generate_masks(
         The query with its prompts and its masks.
     """
     thresholds = thresholds or Thresholds()
-    height, width = query.heat.shape
+    height, width = size = query.heat.shape
     scale = np.array([sam2.image_size / width, sam2.image_size / height])
     low_res = sam2.low_res_size
     blur = (query.blur * low_res / width, query.blur * low_res / height)
+
+    def predict_whole(prompt: Prompt) -> list[PointMask]:
+        (logits,), (ious,) = sam2.predict(features, [prompt.scale(*scale)])
+        return [
+            _select_point_mask(prompt.points[0], mask[None] - thresholds.mask, iou[None], size)
+            for mask, iou in zip(logits, ious, strict=True)
+        ]
+
     for _ in range(_ROUNDS):
         if not query.pending:
             break
@@ -189,11 +200,16 @@ def generate_masks(
             part = points[start : start + _POINTS_AT_ONCE]
             predictions = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
             attempts += [
-                _select_point_mask(point, logits - thresholds.mask, ious, (height, width))
+                _select_point_mask(point, logits - thresholds.mask, ious, size)
                 for point, logits, ious in zip(part, *predictions, strict=True)
             ]
         prompts = split_instances(
-            query.pending, attempts, query.heat, sam2.low_res_size, thresholds.overlap
+            query.pending,
+            attempts,
+            query.heat,
+            sam2.low_res_size,
+            thresholds.overlap,
+            predict_whole=predict_whole,
         )
         predictions = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
         candidates = [
@@ -226,11 +242,16 @@ def split_instances(
     heat: Heat,
     low_res_size: int,
     overlap_threshold: float = OVERLAP_THRESHOLD,
+    *,
+    predict_whole: Callable[[Prompt], list[PointMask]],
 ) -> list[Prompt]:
     """Replace each prompt that stands for several objects by one prompt for each of them.
 
     If the masks of a prompt's foreground points are of different objects, each object gets a prompt
-    of its own: its point against those of the others, its box, its heat.
+    of its own: its point against those of the others, its box, its heat. The masks may also be of
+    the head, the torso and the legs of one person. So they count as objects only if they cover the
+    region together, are alike in size and heat, and if the whole prompt yields no mask of them all
+    that SAM-2 trusts as much.
 
     Args:
         prompts: in pixels of `heat`.
@@ -239,6 +260,7 @@ def split_instances(
         heat: the map (h, w) that the prompts were made of.
         low_res_size: width and height of SAM-2's mask prompts.
         overlap_threshold: IoU from which two masks are masks of one object.
+        predict_whole: gives the masks that SAM-2 makes of a prompt.
     """
     shares = scale_to_peak(heat)
     remaining = iter(attempts)
@@ -248,7 +270,7 @@ def split_instances(
         distinct = _keep_distinct(
             [next(remaining) for _ in range(count)], prompt.region, overlap_threshold
         )
-        if len(distinct) < 2:
+        if len(distinct) < 2 or is_one_object(prompt, distinct, shares, predict_whole):
             split.append(prompt)
             continue
         background = prompt.points[prompt.labels == 0]
@@ -265,6 +287,37 @@ def split_instances(
                 )
             )
     return split
+
+
+def is_one_object(
+    prompt: Prompt,
+    parts: Sequence[PointMask],
+    shares: Heat,
+    predict_whole: Callable[[Prompt], list[PointMask]],
+) -> bool:
+    """Whether masks of points are parts of one object, rather than objects; see `split_instances`.
+
+    Args:
+        prompt: in whose region the points lie.
+        parts: two or more masks that do not repeat each other.
+        shares: (h, w) relative heat.
+        predict_whole: gives the masks that SAM-2 makes of a prompt.
+    """
+    areas = [int(part.mask.sum()) for part in parts]
+    means = [float(shares[part.mask].mean()) for part in parts]
+    together = np.any([part.mask for part in parts], axis=0)
+    covered = int((together & prompt.region).sum())
+    if (
+        min(areas) < _ALIKE * max(areas)
+        or min(means) < _SUPPORT * max(means)
+        or covered < _TOGETHER * int(prompt.region.sum())
+    ):
+        return True
+    trust = np.mean([part.trust for part in parts])
+    return any(
+        whole.trust >= trust and int((whole.mask & together).sum()) >= _CONTAINS * together.sum()
+        for whole in predict_whole(prompt)
+    )
 
 
 def uncovered_heat(heat: Heat, masks: Sequence[Mask], floor: float = math.inf) -> Heat:

@@ -131,7 +131,8 @@ def test_trusted_points_take_touching_objects_apart_in_the_first_round() -> None
     sam2 = KnowingSam2(KnownObject(left), KnownObject(right))
     (query,) = run_queries(sam2, left | right)
     assert are_equal(masks_of(query), [left, right])
-    assert [len(prompts) for prompts in sam2.prompt_calls] == [2] and len(query.prompts) == 2
+    assert [len(prompts) for prompts in sam2.prompt_calls] == [1, 2]  # the whole was decoded too
+    assert len(query.prompts) == 2
 
 
 def test_there_are_three_rounds_at_most() -> None:
@@ -214,6 +215,46 @@ def test_touching_objects_get_a_prompt_each_against_the_point_of_the_other() -> 
         assert np.array_equal(prompt.region, mask) and np.array_equal(prompt.box, make_box(mask))
         assert (prompt.mask_logits[~mask] == -10).all() and prompt.mask_logits[mask].max() == 10
         assert (prompt.mask_logits[mask] > 0).mean() > 0.9
+
+
+class KnowingWhole(KnowingSam2):
+    """Prompts with two or more foreground points yield `whole`."""
+
+    def __init__(self, whole: KnownObject, *parts: KnownObject) -> None:
+        super().__init__(*parts)
+        self.whole = whole
+
+    def predict(self, _: object, prompts: Sequence[Prompt]) -> Any:
+        predictions = [
+            self.whole.predict() if (p.labels == 1).sum() > 1 else self._predict_at(p.points[0])
+            for p in prompts
+        ]
+        return tuple(np.stack(part) for part in zip(*predictions, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts", "count"),
+    [
+        (KnownObject(LEFT | RIGHT, 0.9), (0.8, 0.85), 1),
+        (KnownObject(LEFT | RIGHT, 0.75), (0.8, 0.85), 2),  # a group, less trusted than each
+        (KnownObject(LEFT, 0.95), (0.8, 0.85), 2),  # it is of one of them alone
+    ],
+    ids=["a person", "a pair", "one of a pair"],
+)
+def test_parts_of_a_whole_that_is_trusted_as_much_stay_one_object(
+    whole: KnownObject, parts: tuple[float, float], count: int
+) -> None:
+    objects = [KnownObject(mask, iou) for mask, iou in zip((LEFT, RIGHT), parts, strict=True)]
+    assert len(split(KnowingWhole(whole, *objects), BOTH)) == count
+
+
+def test_parts_that_are_unlike_or_not_all_of_the_region_stay_one_object() -> None:
+    nothing, small = KnownObject(LEFT & False), disc(33, 12, 3, LOW_RES)
+    unlike = make_prompt(LEFT | small, (15, 12), (33, 12))
+    assert split(KnowingWhole(nothing, KnownObject(LEFT), KnownObject(small)), unlike) == [unlike]
+    wide = make_prompt(LEFT | RIGHT | LOWER, (15, 12), (33, 12))
+    little = [KnownObject(disc(x, 12, 6, LOW_RES)) for x in (15, 33)]
+    assert split(KnowingWhole(nothing, *little), wide) == [wide]
 
 
 def test_three_objects_have_two_others_behind() -> None:
