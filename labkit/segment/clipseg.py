@@ -136,6 +136,22 @@ def normalize_sentence(sentence: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(_END_MARKS)
 
 
+def fill_template(template: str, sentence: str) -> str:
+    """Fill a sentence into a template; a sentence with an article of its own needs no second one.
+
+    Args:
+        template: a text with one `{}`.
+        sentence: in its normal spelling.
+
+    Example:
+        >>> fill_template("a photo of a {}", "dog"), fill_template("a photo of a {}", "the man")
+        ('a photo of a dog', 'a photo of the man')
+    """
+    if sentence.partition(" ")[0] in _DETERMINERS:
+        template = re.sub(r"\b(a|an|the) \{\}", "{}", template)
+    return template.format(sentence)
+
+
 def vary_sentence(sentence: str) -> list[str]:
     """Return other forms of a sentence that may name the same things.
 
@@ -354,7 +370,7 @@ class ClipSeg:
     @torch.inference_mode()
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embeddings (S, projection) of the sentences, averaged over the templates."""
-        texts = [template.format(sentence) for sentence in sentences for template in templates]
+        texts = [fill_template(template, s) for s in sentences for template in templates]
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings
         encoded = tokenizer(texts, padding=True, return_tensors="pt")

@@ -118,8 +118,8 @@ class TextSegmenter:
             exclusive: whether the sentences exclude each other, as "red ball" and "blue ball" do,
                 but "dog" and "animal" do not. If so, a place counts for the sentence that explains
                 it best; otherwise only `negatives` turn a sentence away.
-            assume_present: skip the question whether a thing is there; the presence score is
-                reported all the same.
+            assume_present: skip the question whether a thing is there. The presence score is
+                reported all the same, and results say that presence was assumed.
             presence_threshold: presence from which a sentence counts as true, in [0, 1]; higher
                 finds less. None takes that of the profile.
             box_threshold: share of its own peak at which an object is outlined in the heat map,
@@ -276,6 +276,7 @@ class TextSegmenter:
                 prompts=query.prompts,
                 objects=(),
                 size=(image.shape[0], image.shape[1]),
+                assumed=presence.assumed,
             )
             if result.present:
                 result = _add_objects(result, query.candidates)

@@ -60,12 +60,14 @@ class Presence:
         score: the presence in [0, 1] behind that.
         reason: why it is absent; "" if it is present.
         evidence: what the score was made of.
+        assumed: whether `present` was assumed, and not judged by the score.
     """
 
     present: bool
     score: float
     reason: str
     evidence: Evidence
+    assumed: bool = False
 
 
 _TYPICAL = Evidence(peak=0.5, contrast=0.45, contrastive_margin=0.0, agreement=0.6)
@@ -137,7 +139,7 @@ def decide_after_refinement(
     presence = decide_before_refinement(evidence, model, threshold=threshold)
     present = bool(agreements) and (assume_present or presence.present)
     reason = "" if present else explain_absence(evidence, model)
-    return replace(presence, present=present, reason=reason)
+    return replace(presence, present=present, reason=reason, assumed=assume_present)
 
 
 def score_presence(evidence: Evidence, model: PresenceModel) -> float:

@@ -16,7 +16,13 @@ from torchvision.transforms.functional import resize
 from labkit.runtime import InputError, OutOfMemoryError, SourceError
 from labkit.segment import clipseg as clipseg_module
 from labkit.segment.checkpoints import Checkpoint, Profile
-from labkit.segment.clipseg import ClipSeg, fit_size, normalize_sentence, vary_sentence
+from labkit.segment.clipseg import (
+    ClipSeg,
+    fill_template,
+    fit_size,
+    normalize_sentence,
+    vary_sentence,
+)
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
 
 SENTENCES = ["red circle", "a cat", "x", "blue ring on top"]
@@ -413,3 +419,19 @@ def test_an_encoded_image_gives_the_same_maps(clipseg: ClipSeg) -> None:
     assert np.array_equal(
         clipseg.predict_heat(encoded, SENTENCES), clipseg.predict_heat(image, SENTENCES)
     )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "text"),
+    [
+        ("man", "a photo of a man"),
+        ("the man", "a photo of the man"),
+        ("an old man", "a photo of an old man"),
+        ("their dogs", "a photo of their dogs"),
+        ("theatre", "a photo of a theatre"),
+        ("a {} in braces", "a photo of a {} in braces"),
+    ],
+)
+def test_a_sentence_with_an_article_gets_no_second_one(sentence: str, text: str) -> None:
+    assert fill_template("a photo of a {}", sentence) == text
+    assert fill_template("{}", sentence) == sentence

@@ -134,6 +134,13 @@ def test_each_thing_that_is_there_has_its_mask_scores_and_box(found: Segmentatio
         assert segmented.box == (x, y, x + width, y + height)
 
 
+def test_results_say_whether_presence_was_assumed(found: Segmentation) -> None:
+    assert [result.assumed for result in found.sentences] == [False] * 3
+    ask = segmenter(cat=discs((10, 10), heat=0.013))
+    (result,) = ask(noise(48, 48), ["cat"], assume_present=True).sentences
+    assert result.present and result.assumed and result.presence < MODEL.threshold
+
+
 def test_sentences_come_in_the_order_asked(found: Segmentation) -> None:
     assert [result.sentence for result in found.sentences] == ["cat", "horse", "dog"]
     assert [result.present for result in found.sentences] == [True, False, True]
