@@ -52,8 +52,9 @@ _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point coun
 _POINTS_AT_ONCE = 32  # of which only the best masks are kept, small
 _INSIDE = 0.5  # share of a point's mask that must lie in the region of its prompt
 _ALIKE = 0.2  # of the largest mask's area: a smaller one is a part of something
-_TOGETHER = 0.6  # share of a region that the masks of its objects must cover
 _CONTAINS = 0.85  # share of the parts that the mask of the whole must cover
+_TOGETHER = 0.6  # share of a region from which its parts cover it together
+_SURER, _AS_SURE = 1.05, 0.95  # trust in the whole over that in a part, if they do, if they do not
 
 _HOT = 0.5  # share of the peak that uncovered ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
@@ -249,9 +250,9 @@ def split_instances(
 
     If the masks of a prompt's foreground points are of different objects, each object gets a prompt
     of its own: its point against those of the others, its box, its heat. The masks may also be of
-    the head, the torso and the legs of one person. So they count as objects only if they cover the
-    region together, are alike in size and heat, and if the whole prompt yields no mask of them all
-    that SAM-2 trusts as much.
+    the head, the torso and the legs of one person. So they count as objects only if they are alike
+    in size and heat, and if the whole prompt yields no mask of them all that SAM-2 trusts more, or
+    as much where they do not cover the region together.
 
     Args:
         prompts: in pixels of `heat`.
@@ -305,17 +306,15 @@ def is_one_object(
     """
     areas = [int(part.mask.sum()) for part in parts]
     means = [float(shares[part.mask].mean()) for part in parts]
-    together = np.any([part.mask for part in parts], axis=0)
-    covered = int((together & prompt.region).sum())
-    if (
-        min(areas) < _ALIKE * max(areas)
-        or min(means) < _SUPPORT * max(means)
-        or covered < _TOGETHER * int(prompt.region.sum())
-    ):
+    if min(areas) < _ALIKE * max(areas) or min(means) < _SUPPORT * max(means):
         return True
-    trust = np.mean([part.trust for part in parts])
+    region, together = prompt.region, np.any([part.mask for part in parts], axis=0)
+    covered = int((together & region).sum()) >= _TOGETHER * int(region.sum())
+    trust = max(part.trust for part in parts) * (_SURER if covered else _AS_SURE)
     return any(
-        whole.trust >= trust and int((whole.mask & together).sum()) >= _CONTAINS * together.sum()
+        whole.trust >= trust
+        and int((whole.mask & together).sum()) >= _CONTAINS * int(together.sum())
+        and int((whole.mask & region).sum()) > _INSIDE * int(whole.mask.sum())
         for whole in predict_whole(prompt)
     )
 

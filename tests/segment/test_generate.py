@@ -235,13 +235,13 @@ class KnowingWhole(KnowingSam2):
 @pytest.mark.parametrize(
     ("whole", "parts", "count"),
     [
-        (KnownObject(LEFT | RIGHT, 0.9), (0.8, 0.85), 1),
+        (KnownObject(LEFT | RIGHT, 0.95), (0.8, 0.85), 1),
         (KnownObject(LEFT | RIGHT, 0.75), (0.8, 0.85), 2),  # a group, less trusted than each
         (KnownObject(LEFT, 0.95), (0.8, 0.85), 2),  # it is of one of them alone
     ],
     ids=["a person", "a pair", "one of a pair"],
 )
-def test_parts_of_a_whole_that_is_trusted_as_much_stay_one_object(
+def test_parts_of_a_whole_that_is_trusted_more_stay_one_object(
     whole: KnownObject, parts: tuple[float, float], count: int
 ) -> None:
     objects = [KnownObject(mask, iou) for mask, iou in zip((LEFT, RIGHT), parts, strict=True)]
@@ -254,7 +254,9 @@ def test_parts_that_are_unlike_or_not_all_of_the_region_stay_one_object() -> Non
     assert split(KnowingWhole(nothing, KnownObject(LEFT), KnownObject(small)), unlike) == [unlike]
     wide = make_prompt(LEFT | RIGHT | LOWER, (15, 12), (33, 12))
     little = [KnownObject(disc(x, 12, 6, LOW_RES)) for x in (15, 33)]
-    assert split(KnowingWhole(nothing, *little), wide) == [wide]
+    whole = KnownObject(LEFT | RIGHT | LOWER, 0.9)
+    assert split(KnowingWhole(whole, *little), wide) == [wide]  # as sure, and more of the region
+    assert len(split(KnowingWhole(nothing, *little), wide)) == 2
 
 
 def test_three_objects_have_two_others_behind() -> None:
