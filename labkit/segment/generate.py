@@ -26,6 +26,7 @@ from labkit.segment.masks import (
     OVERLAP_THRESHOLD,
     Candidate,
     is_duplicate,
+    is_part,
     mask_nms,
     measure_stability,
     remove_small_regions,
@@ -378,7 +379,10 @@ def _keep_distinct(
     for attempt in sorted(attempts, key=lambda attempt: -attempt.trust):
         mask = attempt.mask
         inside = int((mask & region).sum()) > _INSIDE * int(mask.sum())
-        new = not any(is_duplicate(mask, other.mask, overlap_threshold) for other in kept)
+        new = not any(
+            is_part(mask, other.mask) or is_duplicate(mask, other.mask, overlap_threshold)
+            for other in kept
+        )
         if inside and new and attempt.trust >= _TRUSTED:
             kept.append(attempt)
     return kept

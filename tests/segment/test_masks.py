@@ -49,12 +49,13 @@ def as_logits(mask: Mask, size: float = 5.0) -> NDArray[np.float32]:
     return np.where(mask, size, -size).astype(np.float32)
 
 
-def candidate(mask: Mask, score: float = 1.0) -> Candidate:
+def candidate(mask: Mask, score: float = 1.0, agreement: float = 0.4) -> Candidate:
+    """With this agreement, and a predicted IoU that makes its score `score` times that."""
     return Candidate(
         logits=as_logits(mask),
         predicted_iou=score,
         stability=1.0,
-        agreement=1.0,
+        agreement=agreement,
     )
 
 
@@ -182,6 +183,24 @@ def test_nms_drops_repetitions_parts_and_empty_masks() -> None:
 def test_a_whole_is_dropped_for_its_better_part() -> None:
     part, whole = candidate(square(3, 6), 0.9), candidate(square(2, 12), 0.8)
     assert masks.mask_nms([whole, part]) == [part]
+
+
+def test_a_mask_inside_another_stays_if_it_has_heat_of_its_own() -> None:
+    adult, child = candidate(square(2, 18), 0.9), candidate(square(11, 16), 0.8, agreement=0.6)
+    assert masks.mask_nms([child, adult]) == [child, adult]  # the best score first
+    again = candidate(square(11, 15), 0.7, agreement=0.6)  # IoU 0.64 with the child
+    assert masks.mask_nms([again, adult], overlap_threshold=0.6) == [again, adult]
+    assert masks.mask_nms([again, child], overlap_threshold=0.6) == [child]
+
+
+def test_hot_island_stays_and_a_cold_one_or_a_speck_goes() -> None:
+    body, foot, noise = square(0, 14), np.zeros((20, 20), bool), np.zeros((20, 20), bool)
+    foot[16:18, 3:7], noise[2, 18] = True, True  # 196, 8 and 1 pixels
+    logits = as_logits(body | foot | noise)
+    hot = np.ones((20, 20), np.float32)
+    assert np.array_equal(masks.remove_small_regions(logits, hot) > 0, body | foot)
+    assert np.array_equal(masks.remove_small_regions(logits, hot * 0.4) > 0, body)
+    assert np.array_equal(masks.remove_small_regions(logits) > 0, body)
 
 
 def test_upsampled_mask_has_the_shape_and_proportions_of_the_image() -> None:
