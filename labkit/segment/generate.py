@@ -53,9 +53,9 @@ _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point coun
 _POINTS_AT_ONCE = 32  # of which only the best masks are kept, small
 _INSIDE = 0.5  # share of a point's mask that must lie in the region of its prompt
 _ALIKE = 0.2  # of the largest mask's area: a smaller one is a part of something
+_TOGETHER = 0.6  # share of a region from which the masks in it cover it together
+_AS_SURE = 0.95  # of the trust in the best part, from which the whole is trusted as much
 _CONTAINS = 0.85  # share of the parts that the mask of the whole must cover
-_TOGETHER = 0.6  # share of a region from which its parts cover it together
-_SURER, _AS_SURE = 1.05, 0.95  # trust in the whole over that in a part, if they do, if they do not
 
 _HOT = 0.5  # share of the peak that uncovered ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
@@ -252,8 +252,8 @@ def split_instances(
     If the masks of a prompt's foreground points are of different objects, each object gets a prompt
     of its own: its point against those of the others, its box, its heat. The masks may also be of
     the head, the torso and the legs of one person. So they count as objects only if they are alike
-    in size and heat, and if the whole prompt yields no mask of them all that SAM-2 trusts more, or
-    as much where they do not cover the region together.
+    in size and heat, and either cover the region together, or the whole prompt yields no mask of
+    them all that SAM-2 trusts as much.
 
     Args:
         prompts: in pixels of `heat`.
@@ -310,8 +310,9 @@ def is_one_object(
     if min(areas) < _ALIKE * max(areas) or min(means) < _SUPPORT * max(means):
         return True
     region, together = prompt.region, np.any([part.mask for part in parts], axis=0)
-    covered = int((together & region).sum()) >= _TOGETHER * int(region.sum())
-    trust = max(part.trust for part in parts) * (_SURER if covered else _AS_SURE)
+    if int((together & region).sum()) >= _TOGETHER * int(region.sum()):
+        return False
+    trust = _AS_SURE * max(part.trust for part in parts)
     return any(
         whole.trust >= trust
         and int((whole.mask & together).sum()) >= _CONTAINS * int(together.sum())

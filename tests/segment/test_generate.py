@@ -131,8 +131,7 @@ def test_trusted_points_take_touching_objects_apart_in_the_first_round() -> None
     sam2 = KnowingSam2(KnownObject(left), KnownObject(right))
     (query,) = run_queries(sam2, left | right)
     assert are_equal(masks_of(query), [left, right])
-    assert [len(prompts) for prompts in sam2.prompt_calls] == [1, 2]  # the whole was decoded too
-    assert len(query.prompts) == 2
+    assert [len(prompts) for prompts in sam2.prompt_calls] == [2] and len(query.prompts) == 2
 
 
 def test_there_are_three_rounds_at_most() -> None:
@@ -232,31 +231,41 @@ class KnowingWhole(KnowingSam2):
         return tuple(np.stack(part) for part in zip(*predictions, strict=True))
 
 
+PERSON = LEFT | RIGHT | LOWER | disc(33, 36, 9, LOW_RES)
+HEAD, TORSO = disc(15, 12, 7, LOW_RES), disc(33, 12, 7, LOW_RES)
+
+
 @pytest.mark.parametrize(
-    ("whole", "parts", "count"),
+    ("whole", "count"),
     [
-        (KnownObject(LEFT | RIGHT, 0.95), (0.8, 0.85), 1),
-        (KnownObject(LEFT | RIGHT, 0.75), (0.8, 0.85), 2),  # a group, less trusted than each
-        (KnownObject(LEFT, 0.95), (0.8, 0.85), 2),  # it is of one of them alone
+        (KnownObject(PERSON, 0.85), 1),
+        (KnownObject(PERSON, 0.7), 2),  # a group, less trusted than each
+        (KnownObject(HEAD, 0.95), 2),  # it is of one of them alone
+        (KnownObject(PERSON | ~PERSON, 0.95), 2),  # the whole frame
     ],
-    ids=["a person", "a pair", "one of a pair"],
+    ids=["a person", "a group", "one of a pair", "everything"],
 )
-def test_parts_of_a_whole_that_is_trusted_more_stay_one_object(
-    whole: KnownObject, parts: tuple[float, float], count: int
+def test_parts_of_a_whole_that_is_trusted_as_much_stay_one_object(
+    whole: KnownObject, count: int
 ) -> None:
-    objects = [KnownObject(mask, iou) for mask, iou in zip((LEFT, RIGHT), parts, strict=True)]
-    assert len(split(KnowingWhole(whole, *objects), BOTH)) == count
+    prompt = make_prompt(PERSON, (15, 12), (33, 12))
+    parts = KnownObject(HEAD, 0.8), KnownObject(TORSO, 0.85)
+    assert len(split(KnowingWhole(whole, *parts), prompt)) == count
 
 
-def test_parts_that_are_unlike_or_not_all_of_the_region_stay_one_object() -> None:
+def test_objects_that_cover_the_region_together_get_a_prompt_each_whatever_covers_both() -> None:
+    group = KnownObject(LEFT | RIGHT, 0.95)
+    sam2 = KnowingWhole(group, KnownObject(LEFT, 0.8), KnownObject(RIGHT, 0.8))
+    assert len(split(sam2, BOTH)) == 2
+
+
+def test_parts_that_are_unlike_in_size_or_heat_stay_one_object() -> None:
     nothing, small = KnownObject(LEFT & False), disc(33, 12, 3, LOW_RES)
     unlike = make_prompt(LEFT | small, (15, 12), (33, 12))
     assert split(KnowingWhole(nothing, KnownObject(LEFT), KnownObject(small)), unlike) == [unlike]
-    wide = make_prompt(LEFT | RIGHT | LOWER, (15, 12), (33, 12))
-    little = [KnownObject(disc(x, 12, 6, LOW_RES)) for x in (15, 33)]
-    whole = KnownObject(LEFT | RIGHT | LOWER, 0.9)
-    assert split(KnowingWhole(whole, *little), wide) == [wide]  # as sure, and more of the region
-    assert len(split(KnowingWhole(nothing, *little), wide)) == 2
+    sam2 = KnowingWhole(nothing, KnownObject(LEFT), KnownObject(RIGHT))
+    faint = (OBJECTS_HEAT * np.where(RIGHT, 0.5, 1)).astype(np.float32)
+    assert split(sam2, BOTH, heat=faint) == [BOTH] and len(split(sam2, BOTH)) == 2
 
 
 def test_three_objects_have_two_others_behind() -> None:
