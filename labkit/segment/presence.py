@@ -25,6 +25,7 @@ Maps = NDArray[np.float32]
 _PEAK_SHARE = 0.002  # of all pixels: their mean is the peak, so that no single one decides
 _GROUND = 0.05  # share of the pixels, the coolest ones, that are ground in any case
 _SMALLEST = 1e-4
+_AGREES = 0.1  # agreement of the best mask below which presence fades, to 0 where none agrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,9 @@ def decide_after_refinement(
 ) -> Presence:
     """Whether the sentence is true, now that its masks can be held against its heat.
 
+    A sentence none of whose masks agrees with its heat is not present, however hot its map is: the
+    score is multiplied by agreement / 0.1 where that is below 1.
+
     Args:
         evidence: from `measure_evidence`.
         agreements: of each mask with the heat, in [0, 1]; None if SAM-2 was not asked.
@@ -137,9 +141,14 @@ def decide_after_refinement(
     if agreements is not None:
         evidence = replace(evidence, agreement=max(agreements, default=0.0))
     presence = decide_before_refinement(evidence, model, threshold=threshold)
-    present = bool(agreements) and (assume_present or presence.present)
+    score = presence.score * min(1.0, evidence.agreement / _AGREES)
+    present = bool(agreements) and (assume_present or score >= threshold)
     reason = "" if present else explain_absence(evidence, model)
-    return replace(presence, present=present, reason=reason, assumed=assume_present)
+    if (
+        agreements is not None and not present and presence.present
+    ):  # all that speaks against it is the masks
+        reason = _describe_agreement(evidence)
+    return replace(presence, present=present, score=score, reason=reason, assumed=assume_present)
 
 
 def score_presence(evidence: Evidence, model: PresenceModel) -> float:
@@ -168,11 +177,15 @@ def explain_absence(evidence: Evidence, model: PresenceModel) -> str:
         f"its highest probability is only {evidence.peak:.3f}",
         f"its map hardly stands out from the ground, by {evidence.contrast:.3f}",
         f"another sentence explains the same place better, by {-evidence.contrastive_margin:.2f}",
-        f"no mask there agrees with its map (agreement {evidence.agreement:.2f})",
+        _describe_agreement(evidence),
     )
     terms = zip(_weights(model), _TYPICAL.to_features(), evidence.to_features(), strict=True)
     costs = [weight * (typical - measured) for weight, typical, measured in terms]
     return causes[costs.index(max(costs))]
+
+
+def _describe_agreement(evidence: Evidence) -> str:
+    return f"no mask there agrees with its map (agreement {evidence.agreement:.2f})"
 
 
 def _weights(model: PresenceModel) -> tuple[float, float, float, float]:

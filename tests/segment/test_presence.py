@@ -184,3 +184,17 @@ def test_masks_decide_after_refinement() -> None:
     assert decide([0.0], assume_present=True) == (True, 0.0)
     assert decide([], assume_present=True) == (False, 0.0)  # asked, and no mask was kept
     assert decide(None, assume_present=True) == (False, TYPICAL.agreement)  # not asked
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_mask_that_agrees_with_nothing_outweighs_any_heat(model: PresenceModel) -> None:
+    """Such as a mask of the whole frame for a small hot spot."""
+    hot = Evidence(peak=0.99, contrast=0.98, contrastive_margin=0.0)
+    scores = []
+    for agreement in (0.01, 0.04, 0.1, 0.6):
+        presence = decide_after_refinement(hot, [agreement], model, threshold=0.5)
+        assert presence.present == (agreement >= 0.1)
+        assert ("agreement 0." in presence.reason) == (not presence.present)
+        scores.append(presence.score)
+    assert scores == sorted(scores) and scores[0] <= 0.1
+    assert scores[2] == score_presence(replace(hot, agreement=0.1), model)
