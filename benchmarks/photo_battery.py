@@ -514,8 +514,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--limit", type=int, default=100, help="photographs of CamVid")
-    parser.add_argument("--draws", type=int, default=8, help="of the heat of COCO's and VOC's")
+    parser.add_argument("--limit", type=int, default=40, help="photographs of CamVid")
+    parser.add_argument("--draws", type=int, default=4, help="of the heat of COCO's and VOC's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/photo-battery.json"))
     arguments = parser.parse_args()

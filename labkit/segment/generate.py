@@ -75,14 +75,22 @@ class Thresholds:
     box: float = 0.5
     mask: float = 0.0
     overlap: float = OVERLAP_THRESHOLD
+    minimum_area: float = 0.0
+    maximum_objects: int | None = None
 
     def __post_init__(self) -> None:
         check_shares(box_threshold=self.box)
-        ranges = {"presence": (0, 1), "mask": (-10, 10), "overlap": (0, 1)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
+        ranges = {
+            "presence_threshold": (self.presence, 0, 1),
+            "mask_threshold": (self.mask, -10, 10),
+            "overlap_threshold": (self.overlap, 0, 1),
+            "minimum_area": (self.minimum_area, 0, 1),
+        }
+        for name, (value, low, high) in ranges.items():
             if value is not None and not low <= value <= high:
-                raise InputError(f"{name}_threshold must lie in [{low}, {high}], got {value}")
+                raise InputError(f"{name} must lie in [{low}, {high}], got {value}")
+        if self.maximum_objects is not None and self.maximum_objects < 1:
+            raise InputError(f"maximum_objects must be 1 or more, got {self.maximum_objects}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

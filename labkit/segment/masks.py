@@ -114,10 +114,10 @@ def measure_agreement(mask: Mask, heat: Logits, blur: tuple[float, float] = (0.0
     """
     import cv2
 
-    seen = mask.astype(np.float32)
+    seen: Logits = mask.astype(np.float32)
     if min(blur) > 0 and mask.any():
-        seen = cv2.GaussianBlur(seen, (0, 0), sigmaX=blur[0], sigmaY=blur[1])
-        seen /= seen.max()
+        blurred = cv2.GaussianBlur(seen, (0, 0), sigmaX=blur[0], sigmaY=blur[1])
+        seen = (blurred / blurred.max()).astype(np.float32)
     union = float(np.maximum(seen, heat).sum())
     return float(np.minimum(seen, heat).sum()) / union if union else 0.0
 

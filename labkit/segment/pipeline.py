@@ -102,6 +102,8 @@ class TextSegmenter:
         box_threshold: float = 0.5,
         mask_threshold: float = 0.0,
         overlap_threshold: float = 0.7,
+        minimum_area: float = 0.0,
+        maximum_objects: int | None = None,
     ) -> Segmentation:
         """Segment what each sentence names in an image; a sentence that is not true gets no mask.
 
@@ -128,6 +130,9 @@ class TextSegmenter:
                 smaller masks.
             overlap_threshold: IoU from which two masks are masks of one object, in [0, 1]; lower
                 keeps fewer.
+            minimum_area: share of the image that the mask of an object must cover, in [0, 1].
+            maximum_objects: how many objects of a sentence are kept, the best first, 1 or more;
+                None keeps all.
 
         Raises:
             InputError: a sentence is empty, no clean text, too long, or both wanted and not; a
@@ -139,6 +144,8 @@ class TextSegmenter:
             box=box_threshold,
             mask=mask_threshold,
             overlap=overlap_threshold,
+            minimum_area=minimum_area,
+            maximum_objects=maximum_objects,
         )
         sentences, negatives = check_sentences(sentences, negatives)
         self._hint_at_lists([*sentences, *negatives])
@@ -279,7 +286,7 @@ class TextSegmenter:
                 assumed=presence.assumed,
             )
             if result.present:
-                result = _add_objects(result, query.candidates)
+                result = _add_objects(result, query.candidates, thresholds)
             results.append(result)
         return Segmentation(
             image=image, sentences=tuple(results), note=self.note, models=self.models
@@ -362,13 +369,21 @@ def split_list(sentence: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> SentenceResult:
-    """`result` with an object for each mask of at least a pixel; without one it is absent."""
-    objects = []
+def _add_objects(
+    result: SentenceResult, candidates: Sequence[Candidate], thresholds: Thresholds
+) -> SentenceResult:
+    """`result` with an object for each mask that is large enough; without one it is absent."""
+    objects: list[SegmentedObject] = []
+    too_small = _TOO_SMALL
     for candidate in candidates:
         mask = upsample_mask(candidate.logits, result.size)
         if not mask.any():
             continue
+        if mask.mean() < thresholds.minimum_area:
+            too_small = f"its masks cover less than {thresholds.minimum_area:g} of the image"
+            continue
+        if len(objects) == thresholds.maximum_objects:
+            break
         in_heat = upsample_mask(candidate.logits, result.heat.shape)
         left, top, right, bottom = (int(edge) for edge in make_box(mask))
         objects.append(
@@ -383,5 +398,5 @@ def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> Sen
             )
         )
     if not objects:
-        return replace(result, present=False, reason=_TOO_SMALL)
+        return replace(result, present=False, reason=too_small)
     return replace(result, objects=tuple(objects))

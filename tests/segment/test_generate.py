@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -448,6 +449,20 @@ def test_thresholds_out_of_range_are_named() -> None:
     for name, value in (("box", 1.0), ("presence", 1.1), ("mask", 11.0), ("overlap", -0.1)):
         with pytest.raises(InputError, match=f"{name}_threshold must lie"):
             Thresholds(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("minimum_area", -0.1, r"minimum_area must lie in \[0, 1\], got -0.1"),
+        ("minimum_area", math.nan, "minimum_area must lie"),
+        ("maximum_objects", 0, "maximum_objects must be 1 or more, got 0"),
+    ],
+)
+def test_limits_out_of_range_are_named(name: str, value: float, message: str) -> None:
+    options: Any = {name: value}
+    with pytest.raises(InputError, match=message):
+        Thresholds(**options)
 
 
 def test_higher_mask_threshold_gives_smaller_masks() -> None:

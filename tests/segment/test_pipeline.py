@@ -134,6 +134,20 @@ def test_each_thing_that_is_there_has_its_mask_scores_and_box(found: Segmentatio
         assert segmented.box == (x, y, x + width, y + height)
 
 
+def test_small_objects_and_more_than_enough_are_left_out() -> None:
+    cat = discs((10, 10), heat=0.75) + discs((36, 30), radius=8, heat=0.65)
+    ask, image = segmenter(cat=cat), noise(96, 96)
+    large, small = sorted(ask(image, ["cat"]).objects, key=lambda o: -o.mask.sum())
+    (kept,) = ask(image, ["cat"], minimum_area=small.mask.mean() + 1e-4).objects
+    assert kept.rle == large.rle
+    assert len(ask(image, ["cat"], minimum_area=small.mask.mean())) == 2
+    best, _ = ask(image, ["cat"]).objects
+    (kept,) = ask(image, ["cat"], maximum_objects=1).objects
+    assert kept.rle == best.rle
+    (result,) = ask(image, ["cat"], minimum_area=0.5).sentences
+    assert not result.present and result.reason == "its masks cover less than 0.5 of the image"
+
+
 def test_results_say_whether_presence_was_assumed(found: Segmentation) -> None:
     assert [result.assumed for result in found.sentences] == [False] * 3
     ask = segmenter(cat=discs((10, 10), heat=0.013))
