@@ -8,13 +8,58 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from labkit.segment.pipeline import TextSegmenter
 
 _logger = logging.getLogger(__name__)
 
 TOP, DRAWN = 3, 50  # classes that `predict` shows of an image, and images that it draws
+
+ClipsegOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Your own CLIPSeg: a folder or owner/name of the hub, with @REVISION and "
+        "#sha256:DIGEST if you like [default: the profile's].",
+    ),
+]
+Sam2Option = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|SOURCE",
+        help="tiny, small, base-plus, large, or your own: a folder, a file or owner/name of the "
+        "hub [default: the profile's].",
+    ),
+]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help='Into which each sentence is filled, such as "a photo of a {}"; may be repeated '
+        "[default: the profile's].",
+    ),
+]
+PresenceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Presence, 0 to 1, from which a sentence counts as true [default: the profile's]."
+    ),
+]
+BoxOption = Annotated[
+    float | None,
+    typer.Option(help="Share of its peak, above 0, below 1, at which an object is outlined."),
+]
+MaskOption = Annotated[
+    float | None,
+    typer.Option(help="Logit, -10 to 10, above which a pixel is in a mask; higher is smaller."),
+]
+OverlapOption = Annotated[
+    float | None, typer.Option(help="IoU, 0 to 1, from which two masks are of one object.")
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -193,9 +238,13 @@ def segment(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for masks, overlays, reports.")] = Path("out"),
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "full",
-    sam2: Annotated[
-        str | None, typer.Option(help="tiny, small, base-plus or large [default: large].")
-    ] = None,
+    clipseg: ClipsegOption = None,
+    sam2: Sam2Option = None,
+    template: TemplateOption = None,
+    presence_threshold: PresenceOption = None,
+    box_threshold: BoxOption = None,
+    mask_threshold: MaskOption = None,
+    overlap_threshold: OverlapOption = None,
     assume_present: Annotated[
         bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
     ] = False,
@@ -209,16 +258,23 @@ def segment(
     from labkit.images import describe
     from labkit.runtime import LabkitError
     from labkit.segment.export import make_folder_name
-    from labkit.segment.pipeline import TextSegmenter, check_sentences
+    from labkit.segment.pipeline import check_sentences
 
     check_sentences(prompt, not_ or ())
+    thresholds = _collect_thresholds(
+        presence=presence_threshold,
+        box=box_threshold,
+        mask=mask_threshold,
+        overlap=overlap_threshold,
+    )
     sources = _expand_folders(images)
-    segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
+    segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
+    options: dict[str, Any] = {f"{name}_threshold": each for name, each in thresholds.items()}
     failed = 0
     for number, source in enumerate(sources, 1):
         name = describe(source)
         try:
-            found = segmenter(source, prompt, not_ or (), assume_present=assume_present)
+            found = segmenter(source, prompt, not_ or (), assume_present=assume_present, **options)
         except LabkitError as error:
             if len(sources) == 1:
                 raise
@@ -237,6 +293,33 @@ def segment(
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
+
+
+def _collect_thresholds(**thresholds: float | None) -> dict[str, Any]:
+    """The thresholds that were given, by name; all of them are in their range.
+
+    Raises:
+        InputError: one is not.
+    """
+    from labkit.segment.generate import Thresholds
+
+    given: dict[str, Any] = {name: v for name, v in thresholds.items() if v is not None}
+    Thresholds(**given)
+    return given
+
+
+def _load_segmenter(
+    profile: str, clipseg: str | None, sam2: str | None, templates: list[str] | None, device: str
+) -> TextSegmenter:
+    from labkit.segment.clipseg import check_templates
+    from labkit.segment.pipeline import TextSegmenter
+
+    if templates:
+        check_templates(templates)
+    segmenter = TextSegmenter.from_profile(profile, clipseg=clipseg, sam2=sam2, device=device)
+    if templates:
+        segmenter.templates = tuple(templates)
+    return segmenter
 
 
 def _expand_folders(sources: list[str]) -> list[str]:
@@ -313,27 +396,74 @@ def ablate(
 @bench.command("segment")
 def bench_segment(
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "demo",
-    scenes: Annotated[int, typer.Option(help="How many.")] = 500,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
-    sam2: Annotated[
-        str | None, typer.Option(help="tiny, small, base-plus or large [default: large].")
+    scenes: Annotated[int, typer.Option(help="How many, unless there is --data.")] = 500,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Annotated photographs: a folder of label images, or the JSON of COCO, RefCOCO or "
+            "PhraseCut [default: procedural scenes]."
+        ),
     ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images [default: beside the JSON].")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of RefCOCO, such as val.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many photographs.")] = None,
+    crops: Annotated[
+        bool, typer.Option("--crops", help="Measure on fixed crops of the photographs as well.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+    clipseg: ClipsegOption = None,
+    sam2: Sam2Option = None,
+    template: TemplateOption = None,
+    presence_threshold: PresenceOption = None,
+    box_threshold: BoxOption = None,
+    mask_threshold: MaskOption = None,
+    overlap_threshold: OverlapOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Measure a segmenter on procedural scenes that were never trained or tuned on."""
+    """Measure a segmenter on procedural scenes, or on annotated photographs.
+
+    The scenes were never trained or tuned on.
+    """
     import json
     import time
 
     from labkit.files import write_json
-    from labkit.runtime import describe_device, get_versions
-    from labkit.segment.bench import measure_scenes
-    from labkit.segment.pipeline import TextSegmenter
+    from labkit.runtime import InputError, describe_device, get_versions
+    from labkit.segment.annotations import load_annotations
+    from labkit.segment.bench import measure_photos, measure_scenes
+    from labkit.segment.generate import Thresholds
 
-    segmenter = TextSegmenter.from_profile(profile, sam2=sam2, device=device)
+    given = _collect_thresholds(
+        presence=presence_threshold,
+        box=box_threshold,
+        mask=mask_threshold,
+        overlap=overlap_threshold,
+    )
+    if data is None and (images or split or limit or crops):
+        raise InputError("--images, --split, --limit and --crops need --data")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    photographs = None
+    if data is not None:
+        photographs = load_annotations(data, images=images, split=split)[:limit]
+    segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
+    thresholds = Thresholds(**given)
     started = time.perf_counter()
-    figures = {
-        "profile": profile,
-        **measure_scenes(segmenter, scenes),
+    figures: dict[str, Any] = {"profile": profile}
+    if photographs is None:
+        figures |= measure_scenes(segmenter, scenes, thresholds=thresholds)
+    else:
+        figures |= {"data": photographs.name, "weights": segmenter.models, "note": segmenter.note}
+        figures["frames"] = measure_photos(segmenter, photographs, thresholds=thresholds)
+        if crops:
+            figures["crops"] = measure_photos(
+                segmenter, photographs, crops=True, thresholds=thresholds
+            )
+    figures |= {
+        "templates": segmenter.templates,
+        "thresholds": given,
         "seconds": round(time.perf_counter() - started, 1),
         "device": describe_device(segmenter.clipseg.device),
         "versions": get_versions(),

@@ -81,6 +81,16 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder with the annotated photographs, `camvid` and `photos`, or a skip."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("LABKIT_DATA") or beside)
+    if not (folder / "camvid").is_dir():
+        pytest.skip(f"no photographs: {folder / 'camvid'} is missing (set LABKIT_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Twins of the published models with random weights: `clipseg/` and `sam2/` as on the hub."""
     from benchmarks.standins import write_clipseg, write_sam2

@@ -244,6 +244,20 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["segment", "x" * 300, "--prompt", "a", "--profile", "demo"], "could not be read"),
         (["segment", "x.png", "--prompt", "caf\udce9"], "broken text"),
         (["segment", "x.png", "--prompt", "a", "--profile", "dmeo"], "'full' or 'demo'"),
+        (["segment", "x.png", "--prompt", "a", "--presence-threshold", "1.1"], "in [0, 1], got"),
+        (["segment", "x.png", "--prompt", "a", "--box-threshold", "0"], "between 0 and 1"),
+        (["segment", "x.png", "--prompt", "a", "--mask-threshold", "11"], "in [-10, 10], got"),
+        (["segment", "x.png", "--prompt", "a", "--overlap-threshold=-1"], "in [0, 1], got"),
+        (["segment", "x.png", "--prompt", "a", "--presence-threshold", "nan"], "in [0, 1], got"),
+        (["segment", "x.png", "--prompt", "a", "--template", "photo"], "must have one {}"),
+        (["segment", "x.png", "--prompt", "a", "--clipseg", "."], ". is no CLIPSeg, it lacks"),
+        (["segment", "x.png", "--prompt", "a", "--sam2", "."], "one file of weights"),
+        (["segment", "x.png", "--prompt", "a", "--sam2", "huge"], "sam2 must be one of tiny"),
+        (["bench", "segment", "--data", "none"], "there is no none; give a folder of label"),
+        (["bench", "segment", "--data", "."], "holds neither NAME_labels.png"),
+        (["bench", "segment", "--crops"], "--limit and --crops need --data"),
+        (["bench", "segment", "--data", ".", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["bench", "segment", "--overlap-threshold", "2"], "in [0, 1], got 2.0"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(
@@ -475,6 +489,70 @@ def test_bench_segment_writes_its_figures(tmp_path: Path, monkeypatch: pytest.Mo
     named = {"n_scenes", "miou", "miou_ci", "miou_clipseg_only", "miou_peak_0013"}
     named |= {"presence_auroc", "presence_mcc", "instance_recall", "weights", "versions"}
     assert named <= figures.keys() and figures["profile"] == "demo"
+
+
+def test_bench_segment_measures_photographs_with_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        scene = make_object_scene(number, seed=EVALUATION_SEED)
+        labels = scene.masks.any(axis=0).astype("uint8") + 1
+        Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
+        Image.fromarray(labels).save(tmp_path / f"{number}_labels.png")
+    (tmp_path / "classes.txt").write_text("zebra\nground, stuff\nshape\n")
+    out = tmp_path / "out" / "photos.json"
+    assets = Path(__file__).parents[1] / "labkit" / "assets"
+    command = ["bench", "segment", "--data", str(tmp_path), "--limit", "2", "--crops"]
+    command += ["--clipseg", str(assets / "clipseg-tiny"), "--sam2", str(assets / "sam2-tiny")]
+    command += ["--template", "{}", "--box-threshold", "0.4", "--device", "cpu"]
+    assert not run_command(monkeypatch, *command, "--out", str(out))
+    figures = json.loads(out.read_text())
+    assert figures["weights"] == {
+        "CLIPSeg": "clipseg-tiny (local, not checked)",
+        "SAM-2": "sam2-tiny (local, not checked)",
+    }
+    assert figures["templates"] == ["{}"] and figures["thresholds"] == {"box": 0.4}
+    assert "presence not calibrated" in figures["note"]
+    assert (figures["frames"]["n"], figures["crops"]["n"]) == (2, 8)
+    named = {"miou_things", "miou_stuff", "miou_clipseg_only", "presence_auroc", "presence_mcc"}
+    named |= {"instance_recall", "ciou", "giou", "boundary_miou", "cgf1", "seconds_per_image"}
+    for part in (figures["frames"], figures["crops"]):
+        assert {*named, *(f"{name}_ci" for name in named)} <= part.keys()
+
+
+@pytest.mark.parametrize("options", [["--scenes", "2"], ["--data", "photos"]])
+def test_thresholds_of_the_command_line_reach_the_bench(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_object_scene(0, seed=EVALUATION_SEED)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(scene.image).save(tmp_path / "photos" / "0.png")
+    labels = scene.masks.any(axis=0).astype("uint8")
+    Image.fromarray(labels).save(tmp_path / "photos" / "0_labels.png")
+    (tmp_path / "photos" / "classes.txt").write_text("ground\nstar\n")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for threshold in ("0", "1"):
+        command = ["bench", "segment", "--device", "cpu", "--presence-threshold", threshold]
+        assert not run_command(monkeypatch, *command, *options, "--out", f"{threshold}.json")
+        figures = json.loads((tmp_path / f"{threshold}.json").read_text())
+        found[threshold] = figures.get("frames", figures)["miou"]
+    assert found["0"] > found["1"] == 0
+
+
+def test_thresholds_of_the_command_line_reach_the_segmenter(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = make_object_scene(0, seed=EVALUATION_SEED).present[0]
+    areas = []
+    for logit in ("-4", "4"):
+        out = tmp_path / logit
+        command = ["segment", str(scenes / "0.png"), "--prompt", true, "--profile", "demo"]
+        options = [f"--mask-threshold={logit}", "--presence-threshold", "0.1", "--out", str(out)]
+        assert not run_command(monkeypatch, *command, *options)
+        masks = json.loads((out / "masks.json").read_text())
+        areas.append(sum(each["area"] for each in masks["annotations"]))
+    assert areas[0] > areas[1] > 0
 
 
 @pytest.mark.parametrize(

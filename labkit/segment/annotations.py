@@ -10,6 +10,7 @@ Expressions (RefCOCO), 2016; Liu et al., GRES (gRefCOCO), 2023; Wu et al., Phras
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -195,10 +196,11 @@ class Annotations(Sequence[AnnotatedImage]):
 
     Attributes:
         name: of the data, for reports.
+        is_exclusive: whether the sentences exclude each other, as classes do; phrases do not.
     """
 
-    def __init__(self, name: str, records: Sequence[_Record]) -> None:
-        self.name = name
+    def __init__(self, name: str, records: Sequence[_Record], *, is_exclusive: bool) -> None:
+        self.name, self.is_exclusive = name, is_exclusive
         self._records = tuple(records)
 
     def __len__(self) -> int:
@@ -212,7 +214,8 @@ class Annotations(Sequence[AnnotatedImage]):
 
     def __getitem__(self, index: int | slice) -> AnnotatedImage | Annotations:
         if isinstance(index, slice):
-            return Annotations(self.name, self._records[index])
+            records = self._records[index]
+            return Annotations(self.name, records, is_exclusive=self.is_exclusive)
         return self._records[index].load()
 
     def __iter__(self) -> Iterator[AnnotatedImage]:
@@ -355,7 +358,7 @@ def _open_label_images(folder: Path) -> Annotations:
         )
         for stem, name in zip(stems, labels, strict=True)
     ]
-    return Annotations(f"label images in {folder.name}", records)
+    return Annotations(f"label images in {folder.name}", records, is_exclusive=True)
 
 
 def _load_classes(folder: Path) -> tuple[LabelClass, ...]:
@@ -467,12 +470,16 @@ def _open_coco(file: Path, document: Mapping[str, Any], images: Path | None) -> 
             return _open_captions(file, records, by_image, paths)
         categories = {each["id"]: each for each in document.get("categories", ())}
         _check_categories(file, by_image, categories)
+        is_panoptic = any("segments_info" in each for each in document["annotations"])
+        plan = _plan_panoptic if is_panoptic else _plan_instances
         return Annotations(
             file.name,
             [
-                _Record(path=path, read_targets=_plan_coco(file, by_image[r["id"]], categories, r))
+                _Record(path=path, read_targets=plan(file, by_image[r["id"]], categories, r))
                 for path, r in zip(paths, records, strict=True)
+                if r["id"] in by_image or not is_panoptic
             ],
+            is_exclusive=True,
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no complete COCO annotation: {as_one_line(error)}") from error
@@ -481,28 +488,37 @@ def _open_coco(file: Path, document: Mapping[str, Any], images: Path | None) -> 
 def _check_categories(
     file: Path, by_image: Mapping[Any, Sequence[Any]], categories: Mapping[Any, Any]
 ) -> None:
-    for members in by_image.values():
-        for annotation in members:
-            for segment in annotation.get("segments_info", [annotation]):
-                if segment["category_id"] not in categories:
-                    raise InputError(
-                        f"{file.name} uses the category {segment['category_id']}, "
-                        "which is not among its categories"
-                    )
+    for category in categories.values():
+        _name_category(category)
+    for annotation in itertools.chain.from_iterable(by_image.values()):
+        segments = annotation.get("segments_info")
+        for segment in [annotation] if segments is None else segments:
+            if segment["category_id"] not in categories:
+                raise InputError(
+                    f"{file.name} uses the category {segment['category_id']}, "
+                    "which is not among its categories"
+                )
+            if segments is not None and not isinstance(segment["id"], int):
+                raise TypeError(f"a segment has the id {segment['id']!r}")
 
 
-def _plan_coco(
+def _plan_instances(
     file: Path,
     annotations: Sequence[Any],
     categories: Mapping[Any, Any],
     record: Mapping[str, Any],
 ) -> ReadTargets:
-    """How the targets of an image are read from its annotations, instances or panoptic."""
-    if any("segments_info" in annotation for annotation in annotations):
-        (annotation,) = annotations[:1]
-        png = _find_panoptic(file, str(annotation["file_name"]))
-        return partial(_read_panoptic, png, annotation["segments_info"], categories)
     return partial(_read_instances, str(record["file_name"]), record, annotations, categories)
+
+
+def _plan_panoptic(
+    file: Path,
+    annotations: Sequence[Any],
+    categories: Mapping[Any, Any],
+    record: Mapping[str, Any],
+) -> ReadTargets:
+    path = _find_panoptic(file, str(annotations[0]["file_name"]))
+    return partial(_read_panoptic, path, annotations[0]["segments_info"], categories)
 
 
 def _find_panoptic(file: Path, name: str) -> Path:
@@ -560,6 +576,11 @@ def _gather_targets(
     return targets
 
 
+def _get_size(record: Mapping[str, Any], default: Size) -> Size:
+    """The (H, W) that a record of an image states."""
+    return record.get("height", default[0]), record.get("width", default[1])
+
+
 def _read_instances(
     name: str,
     record: Mapping[str, Any],
@@ -567,7 +588,7 @@ def _read_instances(
     categories: Mapping[Any, Any],
     size: Size,
 ) -> list[Target]:
-    _check_size(f"the annotation of {name}", (record["height"], record["width"]), size)
+    _check_size(f"the annotation of {name}", _get_size(record, size), size)
     objects = [
         (each["category_id"], bool(each.get("iscrowd")), decode_segmentation(each, size))
         for each in annotations
@@ -594,14 +615,28 @@ def decode_segmentation(annotation: Mapping[str, Any], size: Size) -> Masks:
         raise InputError(f"{what} has no segmentation, which is needed; a box is not enough")
     try:
         if isinstance(segmentation, list):
-            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-            segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
-        elif isinstance(segmentation["counts"], list):
+            polygons = [np.asarray(polygon, dtype=float) for polygon in segmentation]
+            if any(not (np.abs(polygon) <= 2 * max(size)).all() for polygon in polygons):
+                raise ValueError("a corner lies far outside the image")
+            corners = [polygon.tolist() for polygon in polygons if polygon.size >= 6]
+            return _decode_rle(coco.merge(coco.frPyObjects(corners, *size)))
+        _check_size(f"the segmentation of {what}", tuple(segmentation["size"]), size)
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            if min(counts) < 0 or sum(counts) != size[0] * size[1]:
+                raise ValueError("its run lengths do not fill the image")
             segmentation = coco.frPyObjects(segmentation, *size)
-        mask: Masks = coco.decode(segmentation).astype(bool)
+        return _decode_rle(segmentation)
+    except InputError:
+        raise
     except Exception as error:  # pycocotools raises whatever comes
         raise InputError(f"{what} has a damaged segmentation: {as_one_line(error)}") from error
-    _check_size(f"the segmentation of {what}", (mask.shape[0], mask.shape[1]), size)
+
+
+def _decode_rle(rle: Any) -> Masks:
+    from pycocotools import mask as coco
+
+    mask: Masks = coco.decode(rle).astype(bool)
     return mask
 
 
@@ -637,7 +672,7 @@ def _read_phrases(
 ) -> list[Target]:
     """Targets of phrases, each with the annotations of what it names; none means absent."""
     if record is not None:
-        _check_size(f"the annotation of {name}", (record["height"], record["width"]), size)
+        _check_size(f"the annotation of {name}", _get_size(record, size), size)
     nothing = np.zeros(size, dtype=bool)
     targets = []
     for sentence, named in phrases:
@@ -734,4 +769,5 @@ def _collect(file: Path, entries: Sequence[tuple[Path, Any, Any]]) -> Annotation
             _Record(path=path, read_targets=partial(_read_phrases, path.name, record, phrases))
             for path, record, phrases in entries
         ],
+        is_exclusive=False,
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 from labkit.files import download_from_hub, has_digest
-from labkit.runtime import InputError, SourceError, find_root_cause
+from labkit.runtime import InputError, SourceError, as_one_line, find_root_cause
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,8 @@ class Checkpoint:
         source: the repository, "owner/name", or the path of a folder.
         filename: the file of the weights in it.
         revision: the commit of the repository, or "main".
-        digest: expected checksum of the file, "sha256:..." in hex. In a folder it may be "", which
-            means that nothing is checked.
+        digest: expected checksum of the file, "sha256:..." in hex; "" means that nothing is
+            checked, and `name` says so.
     """
 
     source: str
@@ -32,10 +36,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The source and its revision, for reports."""
+        """The source and its revision, for reports, and whether the file is not checked."""
+        unchecked = "" if self.digest else "not checked"
         if self._is_folder:
-            return f"{Path(self.source).name} (local)"
-        return f"{self.source} at {self.revision[:12]}"
+            facts = ", ".join(filter(None, ["local", unchecked]))
+            return f"{Path(self.source).resolve().name} ({facts})"
+        return f"{self.source} at {self.revision[:12]}" + (f" ({unchecked})" if unchecked else "")
 
     @property
     def _is_folder(self) -> bool:
@@ -53,7 +59,7 @@ class Checkpoint:
             return path
         try:
             return download_from_hub(
-                self.source, self.filename, revision=self.revision, digest=self.digest
+                self.source, self.filename, revision=self.revision, digest=self.digest or None
             )
         except SourceError as error:
             raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
@@ -155,6 +161,47 @@ class Profile:
             raise InputError(f"sam2 must be one of {', '.join(self.sam2)}, got {name!r}")
         return self.sam2[name]
 
+    def replace_weights(
+        self,
+        *,
+        clipseg: str | Checkpoint | None = None,
+        sam2: str | Sam2Checkpoint | None = None,
+    ) -> Profile:
+        """The profile with other weights.
+
+        Args:
+            clipseg: a CLIPSeg of your own, see `find_clipseg`; None keeps that of the profile. If
+                its folder holds `presence.json`, the fields of a `PresenceModel`, that is taken
+                too; otherwise `note` says that presence was not calibrated for it.
+            sam2: one of the sizes of the profile, or a SAM-2 of your own, see `find_sam2`; None
+                keeps the default one.
+
+        Raises:
+            InputError: `clipseg` or `sam2` is no checkpoint, or `presence.json` is damaged.
+
+        Example:
+            >>> assets = Path(str(files("labkit"))) / "assets"
+            >>> own = get_profile("full").replace_weights(clipseg=f"{assets}/clipseg-tiny")
+            >>> own.clipseg.name
+            'clipseg-tiny (local, not checked)'
+        """
+        profile = self
+        if isinstance(sam2, str) and sam2 in profile.sam2:
+            profile = replace(profile, default_sam2=sam2)
+        elif sam2 is not None:
+            own = find_sam2(sam2, sizes=tuple(profile.sam2)) if isinstance(sam2, str) else sam2
+            profile = replace(profile, sam2={"own": own}, default_sam2="own")
+        if clipseg is not None:
+            checkpoint = find_clipseg(clipseg) if isinstance(clipseg, str) else clipseg
+            presence = _find_presence(checkpoint)
+            note = "own weights" if presence else "own weights, presence not calibrated for them"
+            presence = presence or profile.presence
+            profile = replace(profile, clipseg=checkpoint, presence=presence, note=note)
+        for source, checkpoint in ((clipseg, profile.clipseg), (sam2, profile.get_sam2())):
+            if source is not None and not checkpoint.digest:
+                _logger.info("%s: give a digest to have it checked", checkpoint.name)
+        return profile
+
 
 def _published_sam2(size: str, short: str, digest: str, revision: str = "main") -> Sam2Checkpoint:
     return Sam2Checkpoint(
@@ -217,6 +264,10 @@ def get_profile(name: str) -> Profile:
         return _FULL
     if name != "demo":
         raise InputError(f"profile must be 'full' or 'demo', got {name!r}")
+    return _load_demo()
+
+
+def _load_demo() -> Profile:
     path = _ASSETS / "demo.json"
     if not path.is_file():
         raise SourceError(f"there is no {path}; install labkit anew, its assets are missing")
@@ -236,6 +287,133 @@ def get_profile(name: str) -> Profile:
         templates=("{}", "a photo of a {}"),
         note="demo: tiny models trained on procedural scenes",
     )
+
+
+def find_clipseg(text: str) -> Checkpoint:
+    """Find the CLIPSeg that `text` names.
+
+    Args:
+        text: SOURCE[@REVISION][#sha256:DIGEST]. The source is a folder with the files of
+            transformers, `config.json`, `model.safetensors` and those of the tokenizer; or a
+            repository of the Hugging Face hub, "owner/name".
+
+    Raises:
+        InputError: it is neither, or the folder is no checkpoint.
+
+    Example:
+        >>> find_clipseg("CIDAS/clipseg-rd16@main").name
+        'CIDAS/clipseg-rd16 at main (not checked)'
+    """
+    if text == _FULL.clipseg.source:
+        return _FULL.clipseg
+    checkpoint = _parse_source("clipseg", text)
+    folder = Path(checkpoint.source)
+    if folder.is_dir():
+        needed = ("config.json", checkpoint.filename)
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"clipseg: {folder} is no CLIPSeg, it lacks {' and '.join(missing)}")
+    return checkpoint
+
+
+def find_sam2(text: str, *, sizes: Sequence[str] = ()) -> Sam2Checkpoint:
+    """Find the SAM-2 that `text` names.
+
+    Its architecture is described by a YAML file. One in a folder may call any code when it is
+    loaded, so give only folders that you trust; one in a repository of the hub is never used.
+
+    Args:
+        text: SOURCE[@REVISION][#sha256:DIGEST]. The source is a file of weights, `.pt` or
+            `.safetensors`; or a folder with one such file; or a repository of the Hugging Face
+            hub, "owner/name", named like those of facebook. The architecture is that of the YAML
+            file beside the weights, or else of a file name such as `sam2.1_hiera_tiny.pt`.
+        sizes: names that are known too, for the message.
+
+    Raises:
+        InputError: it is none of these, the weights are not certain, or their architecture is
+            not.
+
+    Example:
+        >>> find_sam2("facebook/sam2-hiera-tiny").config
+        'sam2/sam2_hiera_t.yaml'
+    """
+    published = {checkpoint.source: checkpoint for checkpoint in _FULL.sam2.values()}
+    if text in published:
+        return published[text]
+    checkpoint = _parse_source("sam2", text, sizes)
+    folder, filename = Path(checkpoint.source), ""
+    if folder.is_file():
+        folder, filename = folder.parent, folder.name
+    if not folder.is_dir():
+        filename = f"{checkpoint.source.rpartition('/')[2].replace('-', '_')}.pt"
+        filename = filename.replace("sam2_1", "sam2.1")
+        configs = []
+    else:
+        names = sorted(path.name for path in folder.iterdir())
+        weights = [name for name in names if name.endswith((".pt", ".safetensors"))]
+        if not filename and len(weights) != 1:
+            found = f"{len(weights)}: {', '.join(weights)}" if weights else "none"
+            raise InputError(
+                f"sam2: {folder} must hold one file of weights, .pt or .safetensors, got {found}"
+            )
+        filename = filename or weights[0]
+        configs = [name for name in names if name.endswith((".yaml", ".yml"))]
+    if len(configs) > 1:
+        raise InputError(f"sam2: {folder} must hold one YAML file, got {', '.join(configs)}")
+    config = str((folder / configs[0]).resolve()) if configs else _guess_config(filename)
+    if not config:
+        raise InputError(
+            f"sam2: the architecture of {text} is unknown; put its YAML file beside the weights, "
+            "or name them like sam2.1_hiera_tiny.pt"
+        )
+    source = str(folder) if folder.is_dir() else checkpoint.source
+    return Sam2Checkpoint(
+        source=source,
+        filename=filename,
+        revision=checkpoint.revision,
+        digest=checkpoint.digest,
+        config=config,
+    )
+
+
+def _guess_config(filename: str) -> str:
+    """The name of the configuration of weights in the sam2 package; "" if it has none."""
+    match = re.fullmatch(r"(sam2(?:\.1)?)_hiera_(\w+)\.(pt|safetensors)", filename)
+    shorts = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+    if not match or match[2] not in shorts:
+        return ""
+    return f"{match[1]}/{match[1]}_hiera_{shorts[match[2]]}.yaml"
+
+
+def _parse_source(name: str, text: str, sizes: Sequence[str] = ()) -> Checkpoint:
+    """Parse SOURCE[@REVISION][#DIGEST]; a path that exists is taken as it is."""
+    source, _, digest = (text, "", "") if Path(text).exists() else text.partition("#")
+    repository, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    if digest and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", digest):
+        raise InputError(f"{name}: a digest is sha256: and 64 hex digits, got {digest!r}")
+    if Path(repository).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+        return Checkpoint(source=repository, revision=revision or "main", digest=digest)
+    kinds = "a folder or a repository of the hub, owner/name"
+    if sizes:
+        raise InputError(f"{name} must be one of {', '.join(sizes)}, got {text!r}; or give {kinds}")
+    raise InputError(f"{name} must be {kinds}, got {text!r}")
+
+
+def _find_presence(checkpoint: Checkpoint) -> PresenceModel | None:
+    """The presence model beside the weights in a folder; None if there is none."""
+    path = Path(checkpoint.source) / "presence.json"
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = facts.get("presence", facts)
+        values = {each.name: float(facts[each.name]) for each in fields(PresenceModel)}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        names = ", ".join(each.name for each in fields(PresenceModel))
+        raise InputError(
+            f"{path} must hold numbers called {names}: {as_one_line(repr(error))}"
+        ) from error
+    return PresenceModel(**values)
 
 
 def check_installed() -> None:

@@ -178,6 +178,20 @@ def vary_sentence(sentence: str) -> list[str]:
     return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
 
 
+def check_templates(templates: Sequence[str]) -> None:
+    """Make sure that there is a template, and that each has one `{}` and no other brace.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if isinstance(templates, str) or not templates:
+        raise InputError(f"templates must be a list of one or more texts, got {templates!r}")
+    for template in templates:
+        if not isinstance(template, str) or not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
+            shown = as_one_line(repr(template))
+            raise InputError(f"a template must have one {{}} for the sentence, got {shown}")
+
+
 def _find_end_of_head(words: Sequence[str]) -> int:
     """Position after the head noun."""
     for index, word in enumerate(words[1:], 1):
@@ -323,10 +337,11 @@ class ClipSeg:
             proportions, its longer side as many pixels as CLIPSeg's.
 
         Raises:
-            InputError: a sentence is too long for the model.
+            InputError: a sentence is too long for the model, or a template has not one `{}`.
         """
         if not sentences:
             raise InputError("sentences must name at least one thing to look for, got none")
+        check_templates(templates)
         embeddings = self._embed(sentences, templates)
         encoded = image if isinstance(image, EncodedImage) else self.encode(image)
         maps = run_in_parts(

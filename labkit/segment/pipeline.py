@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from labkit.images import ImageSource, load_image
 from labkit.runtime import InputError, as_one_line, pick_device
-from labkit.segment.checkpoints import PresenceModel, Profile, check_installed, get_profile
+from labkit.segment.checkpoints import (
+    Checkpoint,
+    PresenceModel,
+    Profile,
+    Sam2Checkpoint,
+    check_installed,
+    get_profile,
+)
 from labkit.segment.clipseg import ClipSeg, EncodedImage, normalize_sentence, vary_sentence
 from labkit.segment.export import get_file_name
 from labkit.segment.generate import Thresholds, generate_masks, init_queries
@@ -64,23 +71,33 @@ class TextSegmenter:
 
     @classmethod
     def from_profile(
-        cls, profile: str | Profile = "full", *, sam2: str | None = None, device: str = "auto"
+        cls,
+        profile: str | Profile = "full",
+        *,
+        clipseg: str | Checkpoint | None = None,
+        sam2: str | Sam2Checkpoint | None = None,
+        device: str = "auto",
     ) -> TextSegmenter:
         """Load a segmenter with the weights of a profile.
 
         Args:
             profile: "full", the published weights, downloaded once; or "demo", the tiny ones that
                 come with the package; or a `Profile` of your own.
-            sam2: the size of SAM-2, for "full" one of tiny, small, base-plus and large.
+            clipseg: a CLIPSeg of your own in its place: a folder, a repository of the Hugging Face
+                hub, or a `Checkpoint`; see `labkit.segment.checkpoints.find_clipseg`.
+            sam2: the size of SAM-2, for "full" one of tiny, small, base-plus and large; or a SAM-2
+                of your own: a folder, a file, a repository of the hub, or a `Sam2Checkpoint`; see
+                `labkit.segment.checkpoints.find_sam2`.
             device: auto, cpu, cuda or cuda:N.
 
         Raises:
-            InputError: there is no such profile, size or device.
+            InputError: there is no such profile, size or device, or a folder is no checkpoint.
             SourceError: weights could not be had, or a library is missing.
         """
         check_installed()
         weights = get_profile(profile) if isinstance(profile, str) else profile
-        checkpoint, torch_device = weights.get_sam2(sam2), pick_device(device)
+        weights = weights.replace_weights(clipseg=clipseg, sam2=sam2)
+        checkpoint, torch_device = weights.get_sam2(), pick_device(device)
         return cls(
             ClipSeg.from_checkpoint(weights.clipseg, torch_device),
             Sam2.from_checkpoint(checkpoint, torch_device),

@@ -178,6 +178,18 @@ def test_unusable_sentences_are_refused(clipseg: ClipSeg) -> None:
     assert clipseg.predict_heat(image, ["abcdefghijklmnopqr"]).shape == (1, IMAGE_SIZE, IMAGE_SIZE)
 
 
+def test_the_article_of_a_sentence_is_not_doubled_in_the_map(clipseg: ClipSeg) -> None:
+    image = noise(IMAGE_SIZE, IMAGE_SIZE)
+    filled = clipseg.predict_heat(image, ["the cat"], ["a {}"])
+    np.testing.assert_array_equal(filled, clipseg.predict_heat(image, ["the cat"], ["{}"]))
+
+
+@pytest.mark.parametrize("templates", [[], "a {}", ["a dog"], ["{} and {}"], ["{0}"], ["a {"]])
+def test_a_template_has_one_place_for_the_sentence(clipseg: ClipSeg, templates: Any) -> None:
+    with pytest.raises(InputError, match=r"templates? must"):
+        clipseg.predict_heat(noise(9, 9), ["dog"], templates)
+
+
 @pytest.mark.parametrize("templates", [["{}"], ["{}", "a {}"]])
 def test_a_sentence_is_too_long_by_its_tokens_not_its_letters(
     clipseg: ClipSeg, templates: list[str]

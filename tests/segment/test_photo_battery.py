@@ -24,7 +24,6 @@ from benchmarks.photo_battery import (
 from labkit.segment.prompts import Prompt, make_box
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
 Mask = NDArray[np.bool_]
 
 
@@ -109,10 +108,9 @@ def test_summary_counts_objects_and_masks_of_a_kind_apart() -> None:
     assert result["kinds"]["small"]["precision"] == 1.0 and result["presence"]["mcc"] == 1.0
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data: CamVid, COCO and VOC")
-def test_battery_runs_on_the_real_photographs(tmp_path: Path) -> None:
+def test_battery_runs_on_the_real_photographs(photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / "battery.json"
-    command = [sys.executable, "benchmarks/photo_battery.py", "--data", str(DATA)]
+    command = [sys.executable, "benchmarks/photo_battery.py", "--data", str(photographs)]
     command += ["--limit", "2", "--draws", "1", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     result = json.loads(out.read_text())
