@@ -325,6 +325,7 @@ def measure_photos(
         raise InputError(f"no sentence is true of any image of {annotations.name}")
     latency = np.array(seconds)
     return {
+        "weights": segmenter.models,
         "n": count,
         "n_images": len(annotations),
         **summarize_photos(rows),

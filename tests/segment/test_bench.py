@@ -405,7 +405,7 @@ def test_true_masks_as_answers_score_one_on_camvid_frames_and_crops(photographs:
             parts = [part for image in annotations for part in (image, *image.split_into_crops())]
             self.targets = {part.image.tobytes(): part.targets for part in parts}
             self.clipseg = SimpleNamespace(predict_heat=self.predict_heat)
-            self.templates = ("{}",)
+            self.templates, self.models = ("{}",), {}
 
         def predict_heat(self, image: NDArray[np.uint8], sentences: list[str], _: Any) -> Any:
             targets = {t.sentence: t for t in self.targets[image.tobytes()]}
@@ -437,4 +437,5 @@ def test_the_tiny_models_are_measured_end_to_end(tiny_profile: Any, tmp_path: Pa
     segmenter = TextSegmenter.from_profile(replace(tiny_profile), device="cpu")
     figures = measure_photos(segmenter, load_annotations(path), crops=True)
     assert figures["n"] == 2 * 6 and figures["n_images"] == 2
+    assert figures["weights"] == segmenter.models
     assert 0 <= figures["presence_auroc"] <= 1 and 0 <= figures["miou"] <= 1
