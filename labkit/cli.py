@@ -61,6 +61,12 @@ MaskOption = Annotated[
 OverlapOption = Annotated[
     float | None, typer.Option(help="IoU, 0 to 1, from which two masks are of one object.")
 ]
+AreaOption = Annotated[
+    float | None, typer.Option(help="Share of the image, 0 to 1, that an object must cover.")
+]
+ObjectsOption = Annotated[
+    int | None, typer.Option(help="Objects of a sentence to keep, the best first.")
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -246,6 +252,8 @@ def segment(
     box_threshold: BoxOption = None,
     mask_threshold: MaskOption = None,
     overlap_threshold: OverlapOption = None,
+    minimum_area: AreaOption = None,
+    maximum_objects: ObjectsOption = None,
     assume_present: Annotated[
         bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
     ] = False,
@@ -267,10 +275,15 @@ def segment(
         box=box_threshold,
         mask=mask_threshold,
         overlap=overlap_threshold,
+        minimum_area=minimum_area,
+        maximum_objects=maximum_objects,
     )
     sources = _expand_folders(images)
     segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
-    options: dict[str, Any] = {f"{name}_threshold": each for name, each in thresholds.items()}
+    limits = ("minimum_area", "maximum_objects")
+    options: dict[str, Any] = {
+        name if name in limits else f"{name}_threshold": each for name, each in thresholds.items()
+    }
     failed = 0
     for number, source in enumerate(sources, 1):
         name = describe(source)
@@ -296,7 +309,7 @@ def segment(
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
 
 
-def _collect_thresholds(**thresholds: float | None) -> dict[str, float]:
+def _collect_thresholds(**thresholds: float | None) -> dict[str, Any]:
     """The thresholds that were given, by name; all of them are in their range.
 
     Raises:
@@ -304,7 +317,7 @@ def _collect_thresholds(**thresholds: float | None) -> dict[str, float]:
     """
     from labkit.segment.generate import Thresholds
 
-    given = {name: value for name, value in thresholds.items() if value is not None}
+    given: dict[str, Any] = {name: v for name, v in thresholds.items() if v is not None}
     Thresholds(**given)
     return given
 
@@ -421,6 +434,8 @@ def bench_segment(
     box_threshold: BoxOption = None,
     mask_threshold: MaskOption = None,
     overlap_threshold: OverlapOption = None,
+    minimum_area: AreaOption = None,
+    maximum_objects: ObjectsOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure a segmenter on procedural scenes, or on annotated photographs.
@@ -441,6 +456,8 @@ def bench_segment(
         box=box_threshold,
         mask=mask_threshold,
         overlap=overlap_threshold,
+        minimum_area=minimum_area,
+        maximum_objects=maximum_objects,
     )
     if data is None and (images or split or limit or crops):
         raise InputError("--images, --split, --limit and --crops need --data")

@@ -249,6 +249,8 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["segment", "x.png", "--prompt", "a", "--box-threshold", "0"], "between 0 and 1"),
         (["segment", "x.png", "--prompt", "a", "--mask-threshold", "11"], "in [-10, 10], got"),
         (["segment", "x.png", "--prompt", "a", "--overlap-threshold=-1"], "in [0, 1], got"),
+        (["segment", "x.png", "--prompt", "a", "--minimum-area", "2"], "minimum_area"),
+        (["segment", "x.png", "--prompt", "a", "--maximum-objects", "0"], "1 or more, got 0"),
         (["segment", "x.png", "--prompt", "a", "--presence-threshold", "nan"], "in [0, 1], got"),
         (["segment", "x.png", "--prompt", "a", "--template", "photo"], "must have one {}"),
         (["segment", "x.png", "--prompt", "a", "--clipseg", "."], ". is no CLIPSeg, it lacks"),

@@ -75,7 +75,7 @@ def collect_evidence(
     """Features (N, 4) of the evidence for N sentences, presence assumed, and their truth (N,)."""
     rows, truth = [], []
     for image, sentences, answers in questions:
-        found = segmenter(image, sentences, assume_present=True)
+        found = segmenter(image, sentences, exclusive=True, assume_present=True)
         rows += [result.evidence.to_features() for result in found.sentences]
         truth += answers
     return np.array(rows), np.array(truth)

@@ -112,7 +112,9 @@ def measure_scene(
     is_true = [sentence in scene.present for sentence in sentences]
     true_sentences = [s for s, true in zip(sentences, is_true, strict=True) if true]
     gated, weak = (
-        segmenter.segment_maps(scene.image, sentences, wanted=each, thresholds=thresholds)
+        segmenter.segment_maps(
+            scene.image, sentences, wanted=each, exclusive=True, thresholds=thresholds
+        )
         for each in (maps, weak_maps)
     )
     assumed, weak_assumed = (
@@ -314,7 +316,9 @@ def measure_photos(
             count += 1
             if targets:
                 started = time.perf_counter()
-                results = _segment(segmenter, part, targets, thresholds)
+                results = _segment(
+                    segmenter, part, targets, thresholds, exclusive=annotations.is_exclusive
+                )
                 seconds.append(time.perf_counter() - started)
                 rows += [
                     _measure_target(number, *pair) for pair in zip(targets, results, strict=True)
@@ -347,12 +351,16 @@ def _segment(
     part: AnnotatedImage,
     targets: Sequence[Target],
     thresholds: Thresholds | None,
+    *,
+    exclusive: bool,
 ) -> list[SentenceResult]:
     """The result for each target; sentences that are spelt alike are asked once."""
     sentences, _ = check_sentences([target.sentence for target in targets], ())
     spellings = [normalize_sentence(sentence) for sentence in sentences]
     maps = segmenter.clipseg.predict_heat(part.image, spellings, segmenter.templates)
-    found = segmenter.segment_maps(part.image, sentences, wanted=maps, thresholds=thresholds)
+    found = segmenter.segment_maps(
+        part.image, sentences, wanted=maps, exclusive=exclusive, thresholds=thresholds
+    )
     results = dict(zip(spellings, found.sentences, strict=True))
     return [results[normalize_sentence(target.sentence)] for target in targets]
 

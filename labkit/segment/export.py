@@ -74,7 +74,8 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
 
     Each annotation has its four scores apart, and none called `score`: a product of unlike things
     is no confidence. `sentences` says of each sentence whether it is present, why not, and in
-    `suggestions`, if there are any, which other forms of it would be.
+    `suggestions`, if there are any, which other forms of it would be. Where presence was assumed,
+    `assumed` is true and `present` is null, since nothing was judged.
 
     Args:
         segmentation: of one image.
@@ -114,7 +115,8 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
         "sentences": [
             {
                 "sentence": result.sentence,
-                "present": result.present,
+                "present": None if result.assumed else result.present,
+                **({"assumed": True} if result.assumed else {}),
                 "presence": result.presence,
                 "reason": result.reason,
                 **({"suggestions": dict(result.suggestions)} if result.suggestions else {}),
@@ -128,7 +130,8 @@ def to_supervision(segmentation: Segmentation) -> Any:
     """`supervision.Detections` of all objects, for its annotators, trackers and metrics.
 
     `class_id` is the position of the sentence, `confidence` is presence, that is whether the
-    sentence is true of the image; `data` holds the sentence as `class_name` and the other scores.
+    sentence is true of the image; `data` holds the sentence as `class_name`, the other scores, and
+    in `assumed` whether presence was assumed and not judged.
 
     Raises:
         SourceError: supervision is not installed.
@@ -147,6 +150,7 @@ def to_supervision(segmentation: Segmentation) -> Any:
         class_id=np.array([names.index(o.sentence) for o in objects], int),
         data={
             "class_name": np.array([o.sentence for o in objects], str),
+            "assumed": np.array([segmentation[o.sentence].assumed for o in objects], bool),
             **{score: np.array([getattr(o, score) for o in objects], float) for score in scores},
         },
     )

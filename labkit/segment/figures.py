@@ -137,7 +137,8 @@ def _draw_masks(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) ->
     for index, segmented in enumerate(result.objects):
         _paint(axes, segmented.mask, _COLOURS[index % len(_COLOURS)])
     verdict = f"{len(result.objects)} found" if result.objects else f"absent: {result.reason}"
-    _set_title(axes, f"{verdict} (presence {result.presence:.2f})")
+    assumed = "assumed, " if result.assumed else ""
+    _set_title(axes, f"{verdict} ({assumed}presence {result.presence:.2f})")
 
 
 def _summarize(segmentation: Segmentation) -> str:

@@ -7,7 +7,8 @@ masks. And what the masks leave of the heat, `uncovered_heat`, is prompted for i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from labkit.segment.masks import (
     OVERLAP_THRESHOLD,
     Candidate,
     is_duplicate,
+    is_part,
     mask_nms,
     measure_stability,
     remove_small_regions,
@@ -44,11 +46,16 @@ _ROUNDS = 3
 _BLUR = 0.56  # of a patch: the spread that takes the grain of the vision tower out of a map
 _FAINT = 0.25  # of the peak: unwanted heat may take the peak, and leave no more than its foot
 _SUPPORT = 0.65  # share of the hottest mask's mean heat that the mean heat of another must reach
+_FLOOR = 0.35  # probability that is enough, whatever that of the hottest mask
 _MIN_AGREEMENT = 0.35  # of a mask with the uncovered heat, from the second round on
 
 _TRUSTED = 0.6  # predicted IoU × stability from which the mask of a point counts
 _POINTS_AT_ONCE = 32  # of which only the best masks are kept, small
 _INSIDE = 0.5  # share of a point's mask that must lie in the region of its prompt
+_ALIKE = 0.2  # of the largest mask's area: a smaller one is a part of something
+_TOGETHER = 0.6  # share of a region from which the masks in it cover it together
+_AS_SURE = 0.95  # of the trust in the best part, from which the whole is trusted as much
+_CONTAINS = 0.85  # share of the parts that the mask of the whole must cover
 
 _HOT = 0.5  # share of the peak that uncovered ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
@@ -68,14 +75,22 @@ class Thresholds:
     box: float = 0.5
     mask: float = 0.0
     overlap: float = OVERLAP_THRESHOLD
+    minimum_area: float = 0.0
+    maximum_objects: int | None = None
 
     def __post_init__(self) -> None:
         check_shares(box_threshold=self.box)
-        ranges = {"presence": (0, 1), "mask": (-10, 10), "overlap": (0, 1)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
+        ranges = {
+            "presence_threshold": (self.presence, 0, 1),
+            "mask_threshold": (self.mask, -10, 10),
+            "overlap_threshold": (self.overlap, 0, 1),
+            "minimum_area": (self.minimum_area, 0, 1),
+        }
+        for name, (value, low, high) in ranges.items():
             if value is not None and not low <= value <= high:
-                raise InputError(f"{name}_threshold must lie in [{low}, {high}], got {value}")
+                raise InputError(f"{name} must lie in [{low}, {high}], got {value}")
+        if self.maximum_objects is not None and self.maximum_objects < 1:
+            raise InputError(f"maximum_objects must be 1 or more, got {self.maximum_objects}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,6 +103,11 @@ class Query:
         pending: prompts that SAM-2 has not been given yet, in pixels of `heat`.
         prompts: prompts that SAM-2 was given.
         candidates: the masks so far, best first.
+        blur: by how many pixels the map was smoothed.
+        lead: (h, w), by how much an unwanted sentence explains each pixel better than this one, or
+            less than 0; None where nothing is unwanted.
+        floor: probability from which an object counts, however hot another one is; infinite where
+            maps are only relative.
     """
 
     sentence: str
@@ -95,6 +115,9 @@ class Query:
     pending: tuple[Prompt, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    blur: float = 0.0
+    lead: Heat | None = None
+    floor: float = math.inf
 
 
 def init_queries(
@@ -122,7 +145,8 @@ def init_queries(
             where it is higher in relation to the peak of its map.
         box_threshold: see `labkit.segment.prompts.make_prompts`.
     """
-    wanted, unwanted = (_smooth(maps, _BLUR * patch_size) for maps in (wanted, unwanted))
+    blur = _BLUR * patch_size
+    wanted, unwanted = (_smooth(maps, blur) for maps in (wanted, unwanted))
     wanted_shares, unwanted_shares = (
         np.array([scale_to_peak(heat) for heat in maps], np.float32).reshape(maps.shape)
         for maps in (wanted, unwanted)
@@ -132,7 +156,8 @@ def init_queries(
     present = np.asarray(is_present, dtype=bool)
     queries = []
     for index, sentence in enumerate(sentences):
-        query = Query(sentence=sentence, heat=wanted[index])
+        floor = _FLOOR if absolute else math.inf
+        query = Query(sentence=sentence, heat=wanted[index], blur=blur, floor=floor)
         if present[index]:
             heat = _remove_unwanted(wanted[index], levels[index], unwanted_level)
             others = present & (np.arange(len(wanted)) != index)
@@ -143,7 +168,8 @@ def init_queries(
                 competing=find_competing_heat(scale_to_peak(heat), rivals),
                 box_threshold=box_threshold,
             )
-            query = replace(query, heat=heat, pending=tuple(prompts))
+            lead = unwanted_level - levels[index] if len(unwanted) else None
+            query = replace(query, heat=heat, pending=tuple(prompts), lead=lead)
         queries.append(query)
     return queries
 
@@ -163,8 +189,18 @@ def generate_masks(
         The query with its prompts and its masks.
     """
     thresholds = thresholds or Thresholds()
-    height, width = query.heat.shape
+    height, width = size = query.heat.shape
     scale = np.array([sam2.image_size / width, sam2.image_size / height])
+    low_res = sam2.low_res_size
+    blur = (query.blur * low_res / width, query.blur * low_res / height)
+
+    def predict_whole(prompt: Prompt) -> list[PointMask]:
+        (logits,), (ious,) = sam2.predict(features, [prompt.scale(*scale)])
+        return [
+            _select_point_mask(prompt.points[0], mask[None] - thresholds.mask, iou[None], size)
+            for mask, iou in zip(logits, ious, strict=True)
+        ]
+
     for _ in range(_ROUNDS):
         if not query.pending:
             break
@@ -174,20 +210,25 @@ def generate_masks(
             part = points[start : start + _POINTS_AT_ONCE]
             predictions = sam2.predict_points(features, (part + 0.5) * scale - 0.5)
             attempts += [
-                _select_point_mask(point, logits - thresholds.mask, ious, (height, width))
+                _select_point_mask(point, logits - thresholds.mask, ious, size)
                 for point, logits, ious in zip(part, *predictions, strict=True)
             ]
         prompts = split_instances(
-            query.pending, attempts, query.heat, sam2.low_res_size, thresholds.overlap
+            query.pending,
+            attempts,
+            query.heat,
+            sam2.low_res_size,
+            thresholds.overlap,
+            predict_whole=predict_whole,
         )
         predictions = sam2.predict(features, [prompt.scale(*scale) for prompt in prompts])
         candidates = [
-            select_mask(prompt, logits - thresholds.mask, ious)
+            select_mask(prompt, logits - thresholds.mask, ious, blur)
             for prompt, logits, ious in zip(prompts, *predictions, strict=True)
         ]
         del predictions  # four masks a prompt, of which one is kept
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
-    return replace(query, candidates=_keep_supported(query.candidates, query.heat))
+    return replace(query, candidates=_keep_supported(query))
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,11 +252,16 @@ def split_instances(
     heat: Heat,
     low_res_size: int,
     overlap_threshold: float = OVERLAP_THRESHOLD,
+    *,
+    predict_whole: Callable[[Prompt], list[PointMask]],
 ) -> list[Prompt]:
     """Replace each prompt that stands for several objects by one prompt for each of them.
 
     If the masks of a prompt's foreground points are of different objects, each object gets a prompt
-    of its own: its point against those of the others, its box, its heat.
+    of its own: its point against those of the others, its box, its heat. The masks may also be of
+    the head, the torso and the legs of one person. So they count as objects only if they are alike
+    in size and heat, and either cover the region together, or the whole prompt yields no mask of
+    them all that SAM-2 trusts as much.
 
     Args:
         prompts: in pixels of `heat`.
@@ -224,6 +270,7 @@ def split_instances(
         heat: the map (h, w) that the prompts were made of.
         low_res_size: width and height of SAM-2's mask prompts.
         overlap_threshold: IoU from which two masks are masks of one object.
+        predict_whole: gives the masks that SAM-2 makes of a prompt.
     """
     shares = scale_to_peak(heat)
     remaining = iter(attempts)
@@ -233,7 +280,7 @@ def split_instances(
         distinct = _keep_distinct(
             [next(remaining) for _ in range(count)], prompt.region, overlap_threshold
         )
-        if len(distinct) < 2:
+        if len(distinct) < 2 or is_one_object(prompt, distinct, shares, predict_whole):
             split.append(prompt)
             continue
         background = prompt.points[prompt.labels == 0]
@@ -252,12 +299,43 @@ def split_instances(
     return split
 
 
-def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
+def is_one_object(
+    prompt: Prompt,
+    parts: Sequence[PointMask],
+    shares: Heat,
+    predict_whole: Callable[[Prompt], list[PointMask]],
+) -> bool:
+    """Whether masks of points are parts of one object, rather than objects; see `split_instances`.
+
+    Args:
+        prompt: in whose region the points lie.
+        parts: two or more masks that do not repeat each other.
+        shares: (h, w) relative heat.
+        predict_whole: gives the masks that SAM-2 makes of a prompt.
+    """
+    areas = [int(part.mask.sum()) for part in parts]
+    means = [float(shares[part.mask].mean()) for part in parts]
+    if min(areas) < _ALIKE * max(areas) or min(means) < _SUPPORT * max(means):
+        return True
+    region, together = prompt.region, np.any([part.mask for part in parts], axis=0)
+    if int((together & region).sum()) >= _TOGETHER * int(region.sum()):
+        return False
+    trust = _AS_SURE * max(part.trust for part in parts)
+    return any(
+        whole.trust >= trust
+        and int((whole.mask & together).sum()) >= _CONTAINS * int(together.sum())
+        and int((whole.mask & region).sum()) > _INSIDE * int(whole.mask.sum())
+        for whole in predict_whole(prompt)
+    )
+
+
+def uncovered_heat(heat: Heat, masks: Sequence[Mask], floor: float = math.inf) -> Heat:
     """The part of a heat map that calls for one more object.
 
     Args:
         heat: (h, w), not negative.
         masks: (h, w) each, of the objects so far.
+        floor: heat that is hot in any case; otherwise half the peak is.
 
     Returns:
         (h, w): `heat` where it is hot, compact and clear of every mask, with its slopes; else 0.
@@ -272,7 +350,7 @@ def uncovered_heat(heat: Heat, masks: Sequence[Mask]) -> Heat:
     covered = np.any(masks, axis=0).astype(np.uint8)
     free = cv2.dilate(covered, cross, iterations=reach) == 0
     shares = scale_to_peak(heat)
-    hot = (free & (shares >= _HOT)).astype(np.uint8)
+    hot = (free & ((shares >= _HOT) | (heat >= floor))).astype(np.uint8)
     core = cv2.erode(hot, cross, iterations=reach, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     compact = cv2.dilate(core, cross, iterations=reach) > 0
     pieces, areas = label_components(free & (shares >= _SLOPE), connectivity=4)
@@ -310,7 +388,10 @@ def _keep_distinct(
     for attempt in sorted(attempts, key=lambda attempt: -attempt.trust):
         mask = attempt.mask
         inside = int((mask & region).sum()) > _INSIDE * int(mask.sum())
-        new = not any(is_duplicate(mask, other.mask, overlap_threshold) for other in kept)
+        new = not any(
+            is_part(mask, other.mask) or is_duplicate(mask, other.mask, overlap_threshold)
+            for other in kept
+        )
         if inside and new and attempt.trust >= _TRUSTED:
             kept.append(attempt)
     return kept
@@ -331,7 +412,7 @@ def _update(
     if kept == list(query.candidates):  # the same heat would be left, and prompted for again
         return replace(query, prompts=given, pending=())
     masks = [upsample_mask(candidate.logits, query.heat.shape) for candidate in kept]
-    rest = uncovered_heat(query.heat, masks)
+    rest = uncovered_heat(query.heat, masks, query.floor)
     pending = make_prompts(
         rest,
         low_res_size=low_res_size,
@@ -341,12 +422,19 @@ def _update(
     return replace(query, prompts=given, pending=tuple(pending), candidates=tuple(kept))
 
 
-def _keep_supported(candidates: Sequence[Candidate], heat: Heat) -> tuple[Candidate, ...]:
-    """The masks that the map (h, w) really means: hot all over, about as hot as the others."""
-    masks = [upsample_mask(candidate.logits, heat.shape) for candidate in candidates]
-    means = [float(heat[mask].mean()) if mask.any() else 0.0 for mask in masks]
-    lowest = _SUPPORT * max(means, default=0.0)
-    return tuple(c for c, mean in zip(candidates, means, strict=True) if mean >= lowest)
+def _keep_supported(query: Query) -> tuple[Candidate, ...]:
+    """The masks that the map really means: hot all over, or about as hot as the hottest.
+
+    A mask inside which an unwanted sentence is hotter, on average, is not meant.
+    """
+    meant: list[tuple[Candidate, float]] = []
+    for candidate in query.candidates:
+        mask = upsample_mask(candidate.logits, query.heat.shape)
+        lead = query.lead[mask].sum() if query.lead is not None else 0.0
+        if lead <= 0:
+            meant.append((candidate, float(query.heat[mask].mean()) if mask.any() else 0.0))
+    lowest = min(_SUPPORT * max((mean for _, mean in meant), default=0.0), query.floor)
+    return tuple(candidate for candidate, mean in meant if mean >= lowest)
 
 
 def _remove_unwanted(heat: Heat, level: Heat, unwanted: Heat) -> Heat:

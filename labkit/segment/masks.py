@@ -29,8 +29,11 @@ OVERLAP_THRESHOLD = 0.7
 
 _STABILITY_OFFSET = 1.0  # logits, as in Meta's automatic mask generator
 _CONTAINED = 0.9  # share of the smaller mask inside the larger from which it is a part of it
+_OWN_HEAT = 0.5  # agreement from which a mask inside another is of an object of its own
 _HOLE = 0.01  # share of a mask's area below which a hole is filled
 _ISLAND = 0.1  # share of the largest piece's area below which another is cleared
+_SPECK = 0.01  # share of the largest piece's area below which heat does not save an island
+_HOT_ISLAND = 0.5  # mean relative heat that saves an island
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,13 +65,16 @@ class Rle(TypedDict):
     counts: str
 
 
-def select_mask(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
+def select_mask(
+    prompt: Prompt, logits: Logits, ious: Logits, blur: tuple[float, float] = (0.0, 0.0)
+) -> Candidate:
     """Select the best of M masks for a prompt: predicted IoU × stability × agreement; clean it.
 
     Args:
         prompt: what SAM-2 was told.
         logits: (M, S, S).
         ious: predicted IoUs (M,).
+        blur: of the heat that the prompt was made of; see `measure_agreement`.
     """
     heat = (prompt.mask_logits + 10) / 20  # relative heat, see make_mask_logits
     candidates = [
@@ -76,12 +82,12 @@ def select_mask(prompt: Prompt, logits: Logits, ious: Logits) -> Candidate:
             logits=mask,
             predicted_iou=float(np.clip(iou, 0, 1)),
             stability=measure_stability(mask),
-            agreement=measure_agreement(mask > 0, heat),
+            agreement=measure_agreement(mask > 0, heat, blur),
         )
         for mask, iou in zip(logits, ious, strict=True)
     ]
     best = max(candidates, key=lambda candidate: candidate.score)
-    return replace(best, logits=remove_small_regions(best.logits))
+    return replace(best, logits=remove_small_regions(best.logits, heat))
 
 
 def measure_stability(logits: Logits) -> float:
@@ -90,29 +96,51 @@ def measure_stability(logits: Logits) -> float:
     return float((logits > _STABILITY_OFFSET).sum() / area) if area else 0.0
 
 
-def measure_agreement(mask: Mask, heat: Logits) -> float:
+def measure_agreement(mask: Mask, heat: Logits, blur: tuple[float, float] = (0.0, 0.0)) -> float:
     """Soft IoU in [0, 1] of a mask (S, S) with relative heat (S, S) in [0, 1].
+
+    A map shows a thin pole as a wide stripe. So that the pole agrees with it better than a mask as
+    wide as the stripe, a mask is seen as the map would show it: blurred, relative to its peak.
+
+    Args:
+        mask: (S, S).
+        heat: (S, S).
+        blur: the spread (x, y), in pixels, of what the heat shows of a point; 0 is no blur.
 
     Example:
         >>> mask = np.array([[True, True, False]])
         >>> measure_agreement(mask, np.array([[1.0, 0.5, 0.5]], dtype=np.float32))
         0.6
     """
-    intersection = float(heat[mask].sum())
-    union = float(mask.sum() + heat.sum() - intersection)
-    return intersection / union if union else 0.0
+    import cv2
+
+    seen: Logits = mask.astype(np.float32)
+    if min(blur) > 0 and mask.any():
+        blurred = cv2.GaussianBlur(seen, (0, 0), sigmaX=blur[0], sigmaY=blur[1])
+        seen = (blurred / blurred.max()).astype(np.float32)
+    union = float(np.maximum(seen, heat).sum())
+    return float(np.minimum(seen, heat).sum()) / union if union else 0.0
 
 
-def remove_small_regions(logits: Logits) -> Logits:
+def remove_small_regions(logits: Logits, heat: Logits | None = None) -> Logits:
     """Fill small holes and clear small islands of a mask (S, S), by turning the sign of its logits.
 
     A hole does not touch the border and is a single pixel, or has less than 1 % of the mask's area;
-    an island has less than 10 % of that of the largest piece.
+    an island has less than 10 % of that of the largest piece. A hot island of 1 % or more stays: it
+    may be a foot that something in front of the object cuts off.
+
+    Args:
+        logits: (S, S).
+        heat: (S, S) relative heat in [0, 1] of the object; None where islands have none.
     """
     cleaned = logits.copy()
     pieces, areas = label_components(cleaned > 0)
     if len(areas) > 2:
-        islands = 1 + np.flatnonzero(areas[1:] < _ISLAND * areas[1:].max())
+        is_island = areas < _ISLAND * areas[1:].max()
+        if heat is not None:
+            means = np.bincount(pieces.ravel(), heat.ravel()) / areas
+            is_island &= (means < _HOT_ISLAND) | (areas < _SPECK * areas[1:].max())
+        islands = 1 + np.flatnonzero(is_island[1:])
         cleaned = np.where(np.isin(pieces, islands), -np.abs(cleaned), cleaned)
     gaps, areas = label_components(cleaned <= 0, connectivity=4)
     border = np.unique(np.concatenate([gaps[0], gaps[-1], gaps[:, 0], gaps[:, -1]]))
@@ -124,7 +152,10 @@ def remove_small_regions(logits: Logits) -> Logits:
 def mask_nms(
     candidates: Sequence[Candidate], overlap_threshold: float = OVERLAP_THRESHOLD
 ) -> list[Candidate]:
-    """Non-maximum suppression: drop empty masks, and masks that repeat, or are a part of, a better.
+    """Non-maximum suppression: drop empty masks, and masks that repeat a better one.
+
+    Of a mask inside another, both stay where the smaller has heat of its own, with which it agrees:
+    it may be a child in front of an adult. Otherwise it is a part, and the better of the two stays.
 
     Returns the rest, the best score first.
     """
@@ -132,17 +163,29 @@ def mask_nms(
     for candidate in sorted(candidates, key=lambda candidate: -candidate.score):
         mask = candidate.logits > 0
         if mask.any() and not any(
-            is_duplicate(mask, other.logits > 0, overlap_threshold) for other in kept
+            _is_repetition(candidate, other, overlap_threshold) for other in kept
         ):
             kept.append(candidate)
     return kept
 
 
+def _is_repetition(candidate: Candidate, other: Candidate, overlap_threshold: float) -> bool:
+    """Whether two candidates are masks of one object, or one is of a part of the other."""
+    mask, other_mask = candidate.logits > 0, other.logits > 0
+    smaller = candidate if mask.sum() < other_mask.sum() else other
+    return is_duplicate(mask, other_mask, overlap_threshold) or (
+        is_part(mask, other_mask) and smaller.agreement < _OWN_HEAT
+    )
+
+
 def is_duplicate(a: Mask, b: Mask, overlap_threshold: float = OVERLAP_THRESHOLD) -> bool:
-    """Whether two masks are of one object, or one of them is a part of the other."""
-    intersection = int((a & b).sum())
-    smaller, union = min(int(a.sum()), int(b.sum())), int((a | b).sum())
-    return intersection > overlap_threshold * union or intersection > _CONTAINED * smaller
+    """Whether two masks are of one object: their IoU is above a threshold."""
+    return int((a & b).sum()) > overlap_threshold * int((a | b).sum())
+
+
+def is_part(a: Mask, b: Mask) -> bool:
+    """Whether nine tenths of the smaller of two masks lie inside the larger."""
+    return int((a & b).sum()) > _CONTAINED * min(int(a.sum()), int(b.sum()))
 
 
 def upsample_mask(logits: Logits, size: tuple[int, int]) -> Mask:

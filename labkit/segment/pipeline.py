@@ -113,11 +113,14 @@ class TextSegmenter:
         sentences: Sequence[str],
         negatives: Sequence[str] = (),
         *,
+        exclusive: bool = False,
         assume_present: bool = False,
         presence_threshold: float | None = None,
         box_threshold: float = 0.5,
         mask_threshold: float = 0.0,
         overlap_threshold: float = 0.7,
+        minimum_area: float = 0.0,
+        maximum_objects: int | None = None,
     ) -> Segmentation:
         """Segment what each sentence names in an image; a sentence that is not true gets no mask.
 
@@ -131,8 +134,11 @@ class TextSegmenter:
                 spelling. A sentence that reads like a list gives a hint in the log.
             negatives: sentences for what is not meant. Ground that fits one of them better than a
                 sentence does not count for that sentence.
-            assume_present: skip the question whether a thing is there; the presence score is
-                reported all the same.
+            exclusive: whether the sentences exclude each other, as "red ball" and "blue ball" do,
+                but "dog" and "animal" do not. If so, a place counts for the sentence that explains
+                it best; otherwise only `negatives` turn a sentence away.
+            assume_present: skip the question whether a thing is there. The presence score is
+                reported all the same, and results say that presence was assumed.
             presence_threshold: presence from which a sentence counts as true, in [0, 1]; higher
                 finds less. None takes that of the profile.
             box_threshold: share of its own peak at which an object is outlined in the heat map,
@@ -141,6 +147,9 @@ class TextSegmenter:
                 smaller masks.
             overlap_threshold: IoU from which two masks are masks of one object, in [0, 1]; lower
                 keeps fewer.
+            minimum_area: share of the image that the mask of an object must cover, in [0, 1].
+            maximum_objects: how many objects of a sentence are kept, the best first, 1 or more;
+                None keeps all.
 
         Raises:
             InputError: a sentence is empty, no clean text, too long, or both wanted and not; a
@@ -152,6 +161,8 @@ class TextSegmenter:
             box=box_threshold,
             mask=mask_threshold,
             overlap=overlap_threshold,
+            minimum_area=minimum_area,
+            maximum_objects=maximum_objects,
         )
         sentences, negatives = check_sentences(sentences, negatives)
         self._hint_at_lists([*sentences, *negatives])
@@ -164,14 +175,16 @@ class TextSegmenter:
             sentences,
             wanted=maps[: len(sentences)],
             unwanted=maps[len(sentences) :],
+            exclusive=exclusive,
             assume_present=assume_present,
             thresholds=thresholds,
         )
-        results = tuple(
-            self._add_suggestions(result, encoded, spellings, maps, self._get_threshold(thresholds))
-            for result in segmentation.sentences
-        )
-        return replace(segmentation, sentences=results, file_name=get_file_name(image))
+        threshold = self._get_threshold(thresholds)
+        results = []
+        for index, result in enumerate(segmentation.sentences):
+            rivals = np.delete(maps, index, axis=0) if exclusive else maps[len(sentences) :]
+            results.append(self._add_suggestions(result, encoded, spellings, rivals, threshold))
+        return replace(segmentation, sentences=tuple(results), file_name=get_file_name(image))
 
     def _get_threshold(self, thresholds: Thresholds) -> float:
         """Presence from which a sentence counts as true."""
@@ -182,7 +195,7 @@ class TextSegmenter:
         result: SentenceResult,
         encoded: EncodedImage,
         spellings: Sequence[str],
-        maps: Maps,
+        rivals: Maps,
         threshold: float,
     ) -> SentenceResult:
         """`result` with other forms of its sentence that would be present in its place.
@@ -191,18 +204,17 @@ class TextSegmenter:
             result: of one sentence; where its score is enough, it stays as it is.
             encoded: the image.
             spellings: all sentences that were asked, also those that are not meant.
-            maps: their maps.
+            rivals: maps (R, h, w) of the sentences that this one is held against; R may be 0.
             threshold: presence from which a sentence counts as true.
         """
         forms = [form for form in vary_sentence(result.sentence) if form not in spellings]
         if result.presence >= threshold or not forms:
             return result
-        others = np.delete(maps, spellings.index(normalize_sentence(result.sentence)), axis=0)
         suggestions = {}
         with contextlib.suppress(InputError):  # a form can be too long where the sentence is not
             form_maps = self.clipseg.predict_heat(encoded, forms, self.templates)
             for form, heat in zip(forms, form_maps, strict=True):
-                (evidence,) = measure_evidence(heat[None], others)
+                (evidence,) = measure_evidence(heat[None], rivals)
                 evidence = replace(evidence, agreement=result.evidence.agreement)
                 presence = decide_before_refinement(evidence, self.presence, threshold=threshold)
                 if presence.present:
@@ -228,6 +240,7 @@ class TextSegmenter:
         *,
         wanted: Maps,
         unwanted: Maps | None = None,
+        exclusive: bool = False,
         assume_present: bool = False,
         thresholds: Thresholds | None = None,
     ) -> Segmentation:
@@ -238,13 +251,14 @@ class TextSegmenter:
             sentences: S sentences.
             wanted: maps (S, h, w) in [0, 1] of these sentences.
             unwanted: maps (U, h, w) of what is not meant; None for none.
+            exclusive: see `__call__`.
             assume_present: see `__call__`.
             thresholds: see `__call__`.
         """
         thresholds = thresholds or Thresholds()
         threshold = self._get_threshold(thresholds)
         unwanted = wanted[:0] if unwanted is None else unwanted
-        evidence = measure_evidence(wanted, unwanted)
+        evidence = measure_evidence(wanted, unwanted, exclusive=exclusive)
         is_present, is_rival = (
             [
                 assume_present
@@ -286,9 +300,10 @@ class TextSegmenter:
                 prompts=query.prompts,
                 objects=(),
                 size=(image.shape[0], image.shape[1]),
+                assumed=presence.assumed,
             )
             if result.present:
-                result = _add_objects(result, query.candidates)
+                result = _add_objects(result, query.candidates, thresholds)
             results.append(result)
         return Segmentation(
             image=image, sentences=tuple(results), note=self.note, models=self.models
@@ -371,13 +386,21 @@ def split_list(sentence: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> SentenceResult:
-    """`result` with an object for each mask of at least a pixel; without one it is absent."""
-    objects = []
+def _add_objects(
+    result: SentenceResult, candidates: Sequence[Candidate], thresholds: Thresholds
+) -> SentenceResult:
+    """`result` with an object for each mask that is large enough; without one it is absent."""
+    objects: list[SegmentedObject] = []
+    too_small = _TOO_SMALL
     for candidate in candidates:
         mask = upsample_mask(candidate.logits, result.size)
         if not mask.any():
             continue
+        if mask.mean() < thresholds.minimum_area:
+            too_small = f"its masks cover less than {thresholds.minimum_area:g} of the image"
+            continue
+        if len(objects) == thresholds.maximum_objects:
+            break
         in_heat = upsample_mask(candidate.logits, result.heat.shape)
         left, top, right, bottom = (int(edge) for edge in make_box(mask))
         objects.append(
@@ -392,5 +415,5 @@ def _add_objects(result: SentenceResult, candidates: Sequence[Candidate]) -> Sen
             )
         )
     if not objects:
-        return replace(result, present=False, reason=_TOO_SMALL)
+        return replace(result, present=False, reason=too_small)
     return replace(result, objects=tuple(objects))

@@ -23,7 +23,9 @@ from labkit.segment.checkpoints import PresenceModel
 Maps = NDArray[np.float32]
 
 _PEAK_SHARE = 0.002  # of all pixels: their mean is the peak, so that no single one decides
+_GROUND = 0.05  # share of the pixels, the coolest ones, that are ground in any case
 _SMALLEST = 1e-4
+_AGREES = 0.1  # agreement of the best mask below which presence fades, to 0 where none agrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,10 @@ class Evidence:
 
     Attributes:
         peak: mean probability of the hottest 0.2 % of the pixels, in [0, 1].
-        contrast: peak less the median of the map, in [0, 1].
-        contrastive_margin: this map less the best other one, where this one is hot and the other is
-            hotter, in [-1, 0]; 0 if no other sentence explains the place better.
+        contrast: peak less the ground, which is the coolest twentieth of the map, in [0, 1]; sky or
+            a road may fill most of an image.
+        contrastive_margin: this map less the best of its rivals, where this one is hot and the
+            rival is hotter, in [-1, 0]; 0 if no rival explains the place better.
         agreement: soft IoU of the best mask with the heat, in [0, 1]; 1 as long as there are none.
     """
 
@@ -58,35 +61,42 @@ class Presence:
         score: the presence in [0, 1] behind that.
         reason: why it is absent; "" if it is present.
         evidence: what the score was made of.
+        assumed: whether `present` was assumed, and not judged by the score.
     """
 
     present: bool
     score: float
     reason: str
     evidence: Evidence
+    assumed: bool = False
 
 
 _TYPICAL = Evidence(peak=0.5, contrast=0.45, contrastive_margin=0.0, agreement=0.6)
 
 
-def measure_evidence(maps: Maps, others: Maps) -> list[Evidence]:
+def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> list[Evidence]:
     """Evidence for each of S sentences, before there are masks.
 
     Args:
         maps: probabilities (S, h, w), one map for each sentence.
         others: maps (R, h, w) of further sentences that may explain a place better; R may be 0.
+        exclusive: whether the S sentences exclude each other, so that each is a rival of the
+            others too: a red ball is no blue ball, but a dog is also an animal.
     """
     pixels = math.prod(maps.shape[1:])
     flat = maps.reshape(len(maps), pixels)
-    rivals = np.concatenate([flat, others.reshape(len(others), pixels)])
+    outside = others.reshape(len(others), pixels)
+    rivals = np.concatenate([flat, outside])
     count = max(1, round(_PEAK_SHARE * pixels))
     peaks = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
-    medians = np.median(flat, axis=1)
+    grounds = np.quantile(flat, _GROUND, axis=1)
     return [
         Evidence(
             peak=float(peaks[index]),
-            contrast=float(peaks[index] - medians[index]),
-            contrastive_margin=_measure_margin(flat[index], np.delete(rivals, index, axis=0)),
+            contrast=float(peaks[index] - grounds[index]),
+            contrastive_margin=_measure_margin(
+                flat[index], np.delete(rivals, index, axis=0) if exclusive else outside
+            ),
         )
         for index in range(len(maps))
     ]
@@ -118,6 +128,9 @@ def decide_after_refinement(
 ) -> Presence:
     """Whether the sentence is true, now that its masks can be held against its heat.
 
+    A sentence none of whose masks agrees with its heat is not present, however hot its map is: the
+    score is multiplied by agreement / 0.1 where that is below 1.
+
     Args:
         evidence: from `measure_evidence`.
         agreements: of each mask with the heat, in [0, 1]; None if SAM-2 was not asked.
@@ -128,9 +141,14 @@ def decide_after_refinement(
     if agreements is not None:
         evidence = replace(evidence, agreement=max(agreements, default=0.0))
     presence = decide_before_refinement(evidence, model, threshold=threshold)
-    present = bool(agreements) and (assume_present or presence.present)
+    score = presence.score * min(1.0, evidence.agreement / _AGREES)
+    present = bool(agreements) and (assume_present or score >= threshold)
     reason = "" if present else explain_absence(evidence, model)
-    return replace(presence, present=present, reason=reason)
+    if (
+        agreements is not None and not present and presence.present
+    ):  # all that speaks against it is the masks
+        reason = _describe_agreement(evidence)
+    return replace(presence, present=present, score=score, reason=reason, assumed=assume_present)
 
 
 def score_presence(evidence: Evidence, model: PresenceModel) -> float:
@@ -159,11 +177,15 @@ def explain_absence(evidence: Evidence, model: PresenceModel) -> str:
         f"its highest probability is only {evidence.peak:.3f}",
         f"its map hardly stands out from the ground, by {evidence.contrast:.3f}",
         f"another sentence explains the same place better, by {-evidence.contrastive_margin:.2f}",
-        f"no mask there agrees with its map (agreement {evidence.agreement:.2f})",
+        _describe_agreement(evidence),
     )
     terms = zip(_weights(model), _TYPICAL.to_features(), evidence.to_features(), strict=True)
     costs = [weight * (typical - measured) for weight, typical, measured in terms]
     return causes[costs.index(max(costs))]
+
+
+def _describe_agreement(evidence: Evidence) -> str:
+    return f"no mask there agrees with its map (agreement {evidence.agreement:.2f})"
 
 
 def _weights(model: PresenceModel) -> tuple[float, float, float, float]:

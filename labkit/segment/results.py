@@ -69,6 +69,8 @@ class SentenceResult:
         size: (H, W) of the image.
         suggestions: for an absent sentence, other forms of it that would be present, such as its
             plural, and their presence. It is measured without SAM-2, and no mask comes of it.
+        assumed: whether presence was assumed (`assume_present`), so that `present` is no verdict
+            and says only that there are masks.
     """
 
     sentence: str
@@ -81,6 +83,7 @@ class SentenceResult:
     objects: tuple[SegmentedObject, ...]
     size: tuple[int, int]
     suggestions: Mapping[str, float] = field(default_factory=dict)
+    assumed: bool = False
 
     def list_suggestions(self) -> str:
         """The suggestions as text; "" for none."""
@@ -191,7 +194,7 @@ class Segmentation:
         sentences: list[list[Cell]] = [
             [
                 r.sentence,
-                "yes" if r.present else "no",
+                "assumed" if r.assumed else "yes" if r.present else "no",
                 r.presence,
                 r.evidence.peak,
                 r.reason,

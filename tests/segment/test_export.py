@@ -106,6 +106,20 @@ def test_sentences_without_objects_are_categories_too(
     }
 
 
+def test_assumed_presence_is_exported_as_assumed_and_as_no_verdict(
+    segmentation: Segmentation,
+) -> None:
+    cat, *others = segmentation.sentences
+    assumed = replace(segmentation, sentences=(replace(cat, assumed=True), *others))
+    rows = to_coco(assumed, "photo.jpg")["sentences"]
+    assert [row["present"] for row in rows] == [None, False, True]
+    assert [row.get("assumed") for row in rows] == [True, None, None]
+    assert rows[0]["presence"] == cat.presence
+    assert assumed.to_supervision().data["assumed"].tolist() == [True, True, False]
+    verdicts = [row[1] for row in assumed.tables()["Sentences"].rows]
+    assert verdicts == ["assumed", "no", "yes"]
+
+
 def test_document_says_what_made_it(segmentation: Segmentation) -> None:
     assert to_coco(segmentation, "x")["info"] == {
         "description": "random weights",

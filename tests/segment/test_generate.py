@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_masks_as_hot_as_the_best_stay_and_a_lukewarm_one_goes() -> None:
         sam2 = KnowingSam2(*objects)
         (query,) = run_queries(sam2, 0.5 * (hot + 0.9 * warm + heat * lukewarm))
         assert len(query.prompts) == 3 and are_equal(masks_of(query), expected)
+
+
+def test_a_fainter_second_object_stays_above_an_absolute_floor() -> None:
+    hot, faint = disc(12, 24, 8, LOW_RES), disc(35, 24, 8, LOW_RES)
+    for heat, expected in ((0.52, [hot, faint]), (0.43, [hot, faint]), (0.25, [hot])):
+        sam2 = KnowingSam2(KnownObject(hot), KnownObject(faint))
+        (query,) = run_queries(sam2, 0.9 * hot + heat * faint)
+        assert are_equal(masks_of(query), expected), heat
 
 
 def test_mask_much_larger_than_its_heat_goes() -> None:
@@ -206,6 +215,58 @@ def test_touching_objects_get_a_prompt_each_against_the_point_of_the_other() -> 
         assert np.array_equal(prompt.region, mask) and np.array_equal(prompt.box, make_box(mask))
         assert (prompt.mask_logits[~mask] == -10).all() and prompt.mask_logits[mask].max() == 10
         assert (prompt.mask_logits[mask] > 0).mean() > 0.9
+
+
+class KnowingWhole(KnowingSam2):
+    """Prompts with two or more foreground points yield `whole`."""
+
+    def __init__(self, whole: KnownObject, *parts: KnownObject) -> None:
+        super().__init__(*parts)
+        self.whole = whole
+
+    def predict(self, _: object, prompts: Sequence[Prompt]) -> Any:
+        predictions = [
+            self.whole.predict() if (p.labels == 1).sum() > 1 else self._predict_at(p.points[0])
+            for p in prompts
+        ]
+        return tuple(np.stack(part) for part in zip(*predictions, strict=True))
+
+
+PERSON = LEFT | RIGHT | LOWER | disc(33, 36, 9, LOW_RES)
+HEAD, TORSO = disc(15, 12, 7, LOW_RES), disc(33, 12, 7, LOW_RES)
+
+
+@pytest.mark.parametrize(
+    ("whole", "count"),
+    [
+        (KnownObject(PERSON, 0.85), 1),
+        (KnownObject(PERSON, 0.7), 2),  # a group, less trusted than each
+        (KnownObject(HEAD, 0.95), 2),  # it is of one of them alone
+        (KnownObject(PERSON | ~PERSON, 0.95), 2),  # the whole frame
+    ],
+    ids=["a person", "a group", "one of a pair", "everything"],
+)
+def test_parts_of_a_whole_that_is_trusted_as_much_stay_one_object(
+    whole: KnownObject, count: int
+) -> None:
+    prompt = make_prompt(PERSON, (15, 12), (33, 12))
+    parts = KnownObject(HEAD, 0.8), KnownObject(TORSO, 0.85)
+    assert len(split(KnowingWhole(whole, *parts), prompt)) == count
+
+
+def test_objects_that_cover_the_region_together_get_a_prompt_each_whatever_covers_both() -> None:
+    group = KnownObject(LEFT | RIGHT, 0.95)
+    sam2 = KnowingWhole(group, KnownObject(LEFT, 0.8), KnownObject(RIGHT, 0.8))
+    assert len(split(sam2, BOTH)) == 2
+
+
+def test_parts_that_are_unlike_in_size_or_heat_stay_one_object() -> None:
+    nothing, small = KnownObject(LEFT & False), disc(33, 12, 3, LOW_RES)
+    unlike = make_prompt(LEFT | small, (15, 12), (33, 12))
+    assert split(KnowingWhole(nothing, KnownObject(LEFT), KnownObject(small)), unlike) == [unlike]
+    sam2 = KnowingWhole(nothing, KnownObject(LEFT), KnownObject(RIGHT))
+    faint = (OBJECTS_HEAT * np.where(RIGHT, 0.5, 1)).astype(np.float32)
+    assert split(sam2, BOTH, heat=faint) == [BOTH] and len(split(sam2, BOTH)) == 2
 
 
 def test_three_objects_have_two_others_behind() -> None:
@@ -390,6 +451,20 @@ def test_thresholds_out_of_range_are_named() -> None:
             Thresholds(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("minimum_area", -0.1, r"minimum_area must lie in \[0, 1\], got -0.1"),
+        ("minimum_area", math.nan, "minimum_area must lie"),
+        ("maximum_objects", 0, "maximum_objects must be 1 or more, got 0"),
+    ],
+)
+def test_limits_out_of_range_are_named(name: str, value: float, message: str) -> None:
+    options: Any = {name: value}
+    with pytest.raises(InputError, match=message):
+        Thresholds(**options)
+
+
 def test_higher_mask_threshold_gives_smaller_masks() -> None:
     hill = np.maximum(0, 10 - np.hypot(*(axis - 24 for axis in np.mgrid[:LOW_RES, :LOW_RES])))
 
@@ -407,3 +482,19 @@ def test_higher_mask_threshold_gives_smaller_masks() -> None:
         areas.append(int(masks_of(query)[0].sum()))
         assert areas[-1] == (hill > 3 + threshold).sum()
     assert areas[0] > areas[1] > areas[2]
+
+
+def test_what_is_not_meant_competes_for_whole_masks() -> None:
+    """A rim of the object's ground is the sentence's own; most of the object is not."""
+    disc_mask = disc(24, 24, 12, LOW_RES)
+    rim = disc_mask & ~disc(24, 24, 8, LOW_RES)
+    wanted = np.where(rim, 0.6, np.where(disc_mask, 0.5, 0)).astype(np.float32)
+    unwanted = np.where(disc(24, 24, 9, LOW_RES), 0.9, 0).astype(np.float32)
+    stub: Any = KnowingSam2(KnownObject(disc_mask))
+    features: Any = object()
+    for others, count in ((wanted[None] * 0, 1), (unwanted[None], 0)):
+        (query,) = init_queries(
+            ["object"], wanted[None], others, [True], patch_size=PATCH, low_res_size=LOW_RES
+        )
+        assert len(query.pending) >= 1
+        assert len(generate_masks(stub, features, query).candidates) == count

@@ -49,12 +49,13 @@ def as_logits(mask: Mask, size: float = 5.0) -> NDArray[np.float32]:
     return np.where(mask, size, -size).astype(np.float32)
 
 
-def candidate(mask: Mask, score: float = 1.0) -> Candidate:
+def candidate(mask: Mask, score: float = 1.0, agreement: float = 0.4) -> Candidate:
+    """With this agreement, and a predicted IoU that makes its score `score` times that."""
     return Candidate(
         logits=as_logits(mask),
         predicted_iou=score,
         stability=1.0,
-        agreement=1.0,
+        agreement=agreement,
     )
 
 
@@ -77,6 +78,26 @@ def test_choice_is_the_best_product_of_the_three_scores() -> None:
     assert best.score == pytest.approx(0.8 * 0.81)
     only = masks.select_mask(prompt, logits[1:2], np.array([1.2], np.float32))
     assert (only.predicted_iou, only.agreement) == (1.0, 0.0)
+
+
+def test_thin_mask_wins_over_a_blob_where_the_heat_is_a_blurred_pole() -> None:
+    import cv2
+
+    pole, blob = (np.zeros((64, 64), dtype=bool) for _ in range(2))
+    pole[8:56, 31:33], blob[6:58, 26:38] = True, True
+    heat = cv2.GaussianBlur(pole.astype(np.float32), (0, 0), 5)
+    heat /= heat.max()
+    prompt = Prompt(
+        points=np.array([[31.0, 30.0]]),
+        labels=np.array([1]),
+        box=np.array([26.0, 6.0, 38.0, 58.0]),
+        mask_logits=heat * 20 - 10,
+        region=blob,
+    )
+    logits, ious = np.stack([as_logits(pole), as_logits(blob)]), np.full(2, 0.8, np.float32)
+    assert np.array_equal(masks.select_mask(prompt, logits, ious).logits, logits[1])
+    best = masks.select_mask(prompt, logits, ious, blur=(5.0, 5.0))
+    assert np.array_equal(best.logits, logits[0]) and best.agreement > 0.95
 
 
 def test_small_hole_is_filled_and_a_rings_stays() -> None:
@@ -162,6 +183,24 @@ def test_nms_drops_repetitions_parts_and_empty_masks() -> None:
 def test_a_whole_is_dropped_for_its_better_part() -> None:
     part, whole = candidate(square(3, 6), 0.9), candidate(square(2, 12), 0.8)
     assert masks.mask_nms([whole, part]) == [part]
+
+
+def test_a_mask_inside_another_stays_if_it_has_heat_of_its_own() -> None:
+    adult, child = candidate(square(2, 18), 0.9), candidate(square(11, 16), 0.8, agreement=0.6)
+    assert masks.mask_nms([child, adult]) == [child, adult]  # the best score first
+    again = candidate(square(11, 15), 0.7, agreement=0.6)  # IoU 0.64 with the child
+    assert masks.mask_nms([again, adult], overlap_threshold=0.6) == [again, adult]
+    assert masks.mask_nms([again, child], overlap_threshold=0.6) == [child]
+
+
+def test_hot_island_stays_and_a_cold_one_or_a_speck_goes() -> None:
+    body, foot, noise = square(0, 14), np.zeros((20, 20), bool), np.zeros((20, 20), bool)
+    foot[16:18, 3:7], noise[2, 18] = True, True  # 196, 8 and 1 pixels
+    logits = as_logits(body | foot | noise)
+    hot = np.ones((20, 20), np.float32)
+    assert np.array_equal(masks.remove_small_regions(logits, hot) > 0, body | foot)
+    assert np.array_equal(masks.remove_small_regions(logits, hot * 0.4) > 0, body)
+    assert np.array_equal(masks.remove_small_regions(logits) > 0, body)
 
 
 def test_upsampled_mask_has_the_shape_and_proportions_of_the_image() -> None:

@@ -134,6 +134,27 @@ def test_each_thing_that_is_there_has_its_mask_scores_and_box(found: Segmentatio
         assert segmented.box == (x, y, x + width, y + height)
 
 
+def test_small_objects_and_more_than_enough_are_left_out() -> None:
+    cat = discs((10, 10), heat=0.75) + discs((36, 30), radius=8, heat=0.65)
+    ask, image = segmenter(cat=cat), noise(96, 96)
+    large, small = sorted(ask(image, ["cat"]).objects, key=lambda o: -o.mask.sum())
+    (kept,) = ask(image, ["cat"], minimum_area=small.mask.mean() + 1e-4).objects
+    assert kept.rle == large.rle
+    assert len(ask(image, ["cat"], minimum_area=small.mask.mean())) == 2
+    best, _ = ask(image, ["cat"]).objects
+    (kept,) = ask(image, ["cat"], maximum_objects=1).objects
+    assert kept.rle == best.rle
+    (result,) = ask(image, ["cat"], minimum_area=0.5).sentences
+    assert not result.present and result.reason == "its masks cover less than 0.5 of the image"
+
+
+def test_results_say_whether_presence_was_assumed(found: Segmentation) -> None:
+    assert [result.assumed for result in found.sentences] == [False] * 3
+    ask = segmenter(cat=discs((10, 10), heat=0.013))
+    (result,) = ask(noise(48, 48), ["cat"], assume_present=True).sentences
+    assert result.present and result.assumed and result.presence < MODEL.threshold
+
+
 def test_sentences_come_in_the_order_asked(found: Segmentation) -> None:
     assert [result.sentence for result in found.sentences] == ["cat", "horse", "dog"]
     assert [result.present for result in found.sentences] == [True, False, True]
@@ -355,8 +376,8 @@ def test_where_everything_is_present_nothing_else_is_asked() -> None:
         ({"dog": discs((10, 10))}, ["dogs"], ["dog"]),  # it is not meant
         (
             {"dog": discs((10, 10), heat=0.6), "cat": discs((10, 10), heat=0.95)},
-            ["dogs", "cat"],
-            [],
+            ["dogs"],
+            ["cat"],
         ),
         ({"sheep": discs((10, 10), heat=0.01)}, ["sheep"], []),  # it has one form
     ],
@@ -433,6 +454,17 @@ def test_nothing_is_left_where_all_of_it_is_not_meant() -> None:
     (result,) = segmentation.sentences
     assert segmentation.objects == () and not result.present and ask.sam2.encode_calls == 0
     assert "another sentence explains the same place better" in result.reason
+
+
+def test_a_sentence_is_not_turned_away_by_another_that_is_true_of_the_same_place() -> None:
+    strict = replace(MODEL, contrastive_margin=20.0)
+    ask = segmenter(model=strict, animal=discs((14, 24), heat=0.6), dog=discs((14, 24), heat=0.95))
+    both = ask(noise(48, 48), ["animal", "dog"])
+    assert [result.present for result in both.sentences] == [True, True] and len(both) == 2
+    apart = ask(noise(48, 48), ["animal", "dog"], exclusive=True)
+    assert [result.present for result in apart.sentences] == [False, True]
+    negative = ask(noise(48, 48), ["animal"], ["dog"])
+    assert not negative["animal"].present
 
 
 def test_rivals_get_background_points_where_the_other_is() -> None:

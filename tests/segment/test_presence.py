@@ -32,7 +32,7 @@ def bump(x0: int, peak: float = 0.8, ground: float = 0.05) -> NDArray[np.float32
 
 def evidence_of(maps: NDArray[np.float32]) -> list[Evidence]:
     """Evidence for each of the maps (S, h, w), the others being its rivals."""
-    return measure_evidence(maps, maps[:0])
+    return measure_evidence(maps, maps[:0], exclusive=True)
 
 
 def test_evidence_of_hand_made_maps() -> None:
@@ -49,6 +49,13 @@ def test_evidence_of_hand_made_maps() -> None:
     assert (flat.peak, flat.contrast) == (pytest.approx(0.1), pytest.approx(0))
     assert flat.contrastive_margin == pytest.approx(-(0.9 + 0.6 + 0.7 + 0.5) / 2000, rel=0.03)
     assert {evidence.agreement for evidence in (first, second, flat)} == {1.0}
+
+
+def test_stuff_that_fills_most_of_the_image_stands_out_from_the_rest() -> None:
+    sky = np.full((1, 40, 50), 0.8, np.float32)
+    sky[:, 36:] = 0.05
+    assert evidence_of(sky)[0].contrast == pytest.approx(0.75)
+    assert evidence_of(np.full((1, 40, 50), 0.8, np.float32))[0].contrast == pytest.approx(0)
 
 
 def test_one_pixel_does_not_make_a_peak() -> None:
@@ -146,6 +153,14 @@ def test_maps_of_unwanted_sentences_are_rivals_without_evidence_of_their_own() -
     assert evidence == both[0]
 
 
+def test_wanted_sentences_are_no_rivals_unless_they_exclude_each_other() -> None:
+    animal_and_dog = np.stack([bump(20, 0.5), bump(20, 0.9)])
+    animal, dog = measure_evidence(animal_and_dog, animal_and_dog[:0])
+    assert animal.contrastive_margin == dog.contrastive_margin == 0
+    animal, dog = measure_evidence(animal_and_dog, animal_and_dog[:0], exclusive=True)
+    assert animal.contrastive_margin < -0.2 and dog.contrastive_margin == 0
+
+
 def test_heat_alone_decides_before_refinement() -> None:
     weak = replace(TYPICAL, peak=0.013)
     for evidence, present in ((TYPICAL, True), (weak, False)):
@@ -169,3 +184,17 @@ def test_masks_decide_after_refinement() -> None:
     assert decide([0.0], assume_present=True) == (True, 0.0)
     assert decide([], assume_present=True) == (False, 0.0)  # asked, and no mask was kept
     assert decide(None, assume_present=True) == (False, TYPICAL.agreement)  # not asked
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_mask_that_agrees_with_nothing_outweighs_any_heat(model: PresenceModel) -> None:
+    """Such as a mask of the whole frame for a small hot spot."""
+    hot = Evidence(peak=0.99, contrast=0.98, contrastive_margin=0.0)
+    scores = []
+    for agreement in (0.01, 0.04, 0.1, 0.6):
+        presence = decide_after_refinement(hot, [agreement], model, threshold=0.5)
+        assert presence.present == (agreement >= 0.1)
+        assert ("agreement 0." in presence.reason) == (not presence.present)
+        scores.append(presence.score)
+    assert scores == sorted(scores) and scores[0] <= 0.1
+    assert scores[2] == score_presence(replace(hot, agreement=0.1), model)
