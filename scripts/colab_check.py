@@ -222,6 +222,8 @@ def main() -> None:
     newest = arguments.newest_torch
     venv = arguments.venv or ROOT / (".venv-colab-newest" if newest else ".venv-colab")
     python = build_environment(venv, arguments.python or find_interpreter(), newest)
+    left = ["labkit", "sam2"]  # by a check that was killed
+    subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", *left], check=True)
     base = list_packages(python)
     print(f"torch {base['torch']}, torchvision {base['torchvision']}")
     failed = False
