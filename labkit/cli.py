@@ -254,6 +254,10 @@ def segment(
     overlap_threshold: OverlapOption = None,
     minimum_area: AreaOption = None,
     maximum_objects: ObjectsOption = None,
+    exclusive: Annotated[
+        bool,
+        typer.Option("--exclusive", help="No two sentences are true of one place."),
+    ] = False,
     assume_present: Annotated[
         bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
     ] = False,
@@ -284,11 +288,12 @@ def segment(
     options: dict[str, Any] = {
         name if name in limits else f"{name}_threshold": each for name, each in thresholds.items()
     }
+    options |= {"exclusive": exclusive, "assume_present": assume_present}
     failed = 0
     for number, source in enumerate(sources, 1):
         name = describe(source)
         try:
-            found = segmenter(source, prompt, not_ or (), assume_present=assume_present, **options)
+            found = segmenter(source, prompt, not_ or (), **options)
         except LabkitError as error:
             if len(sources) == 1:
                 raise

@@ -626,3 +626,31 @@ def test_a_training_that_is_interrupted_says_how_to_go_on() -> None:
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "labkit: interrupted; add --resume to go on"
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("flag", [[], ["--exclusive"]])
+def test_limits_and_exclusivity_reach_the_segmenter(
+    flag: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def remember(self: object, *arguments: object, **options: object) -> None:
+        asked.append(options)
+        raise Asked
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr("labkit.segment.pipeline.TextSegmenter.__call__", remember)
+    command = ["segment", str(tmp_path / "x.png"), "--prompt", "star", "--profile", "demo"]
+    command += ["--minimum-area", "0.25", "--maximum-objects", "2", *flag]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(Asked):
+        main()
+    assert asked == [
+        {
+            "minimum_area": 0.25,
+            "maximum_objects": 2,
+            "exclusive": bool(flag),
+            "assume_present": False,
+        }
+    ]
