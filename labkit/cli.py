@@ -150,13 +150,13 @@ def train(
         _print_metrics(run)
 
 
-def _print_metrics(run: Any, *, has_report: bool = True) -> None:
+def _print_metrics(run: Any) -> None:
     metrics = run.metrics
     low, high = metrics.accuracy_interval
     print(f"data            {run.data.name}" + (f"  [{run.note}]" if run.note else ""))
     print(f"test accuracy   {metrics.accuracy:.2%}  (95 % interval {low:.2%} to {high:.2%})")
     print(f"with TTA        {metrics.accuracy_tta:.2%}")
-    if has_report:
+    if not run.is_on_other_data:
         print(f"report          {run.folder / 'report.html'}")
 
 
@@ -175,7 +175,7 @@ def evaluate(
     loaded = load_run(run, data=data, device=device)
     if not loaded.is_on_other_data:
         loaded.report()
-    _print_metrics(loaded, has_report=not loaded.is_on_other_data)
+    _print_metrics(loaded)
 
 
 @app.command()
@@ -238,6 +238,7 @@ def predict(
 
 @app.command()
 def segment(
+    context: typer.Context,
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, addresses.")],
     prompt: Annotated[list[str], typer.Option(help="What to look for; may be repeated.")],
     not_: Annotated[
@@ -274,21 +275,10 @@ def segment(
     from labkit.segment.pipeline import check_sentences
 
     check_sentences(prompt, not_ or ())
-    thresholds = _collect_thresholds(
-        presence=presence_threshold,
-        box=box_threshold,
-        mask=mask_threshold,
-        overlap=overlap_threshold,
-        minimum_area=minimum_area,
-        maximum_objects=maximum_objects,
-    )
+    limits = _collect_limits(context)
     sources = _expand_folders(images)
     segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
-    limits = ("minimum_area", "maximum_objects")
-    options: dict[str, Any] = {
-        name if name in limits else f"{name}_threshold": each for name, each in thresholds.items()
-    }
-    options |= {"exclusive": exclusive, "assume_present": assume_present}
+    options = {**limits, "exclusive": exclusive, "assume_present": assume_present}
     failed = 0
     for number, source in enumerate(sources, 1):
         name = describe(source)
@@ -314,17 +304,30 @@ def segment(
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
 
 
-def _collect_thresholds(**thresholds: float | None) -> dict[str, Any]:
-    """The thresholds that were given, by name; all of them are in their range.
+LIMITS = (
+    *("presence_threshold", "box_threshold", "mask_threshold", "overlap_threshold"),
+    *("minimum_area", "maximum_objects"),
+)
+"""Options of `segment` and `bench segment` that are parameters of `TextSegmenter` too."""
+
+
+def _collect_limits(context: typer.Context) -> dict[str, Any]:
+    """The thresholds and limits that were given to a command; all of them are in their range.
 
     Raises:
         InputError: one is not.
     """
     from labkit.segment.generate import Thresholds
 
-    given: dict[str, Any] = {name: v for name, v in thresholds.items() if v is not None}
-    Thresholds(**given)
+    values = {name: context.params[name] for name in LIMITS}
+    given = {name: value for name, value in values.items() if value is not None}
+    Thresholds(**_name_fields(given))
     return given
+
+
+def _name_fields(limits: dict[str, Any]) -> dict[str, Any]:
+    """The limits by the names that the fields of `Thresholds` have."""
+    return {name.removesuffix("_threshold"): value for name, value in limits.items()}
 
 
 def _load_segmenter(
@@ -414,6 +417,7 @@ def ablate(
 
 @bench.command("segment")
 def bench_segment(
+    context: typer.Context,
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "demo",
     scenes: Annotated[int, typer.Option(help="How many, unless there is --data.")] = 500,
     data: Annotated[
@@ -456,14 +460,7 @@ def bench_segment(
     from labkit.segment.bench import measure_photos, measure_scenes
     from labkit.segment.generate import Thresholds
 
-    given = _collect_thresholds(
-        presence=presence_threshold,
-        box=box_threshold,
-        mask=mask_threshold,
-        overlap=overlap_threshold,
-        minimum_area=minimum_area,
-        maximum_objects=maximum_objects,
-    )
+    given = _name_fields(_collect_limits(context))
     if data is None and (images or split or limit or crops):
         raise InputError("--images, --split, --limit and --crops need --data")
     if limit is not None and limit < 1:

@@ -170,7 +170,7 @@ def compute_checksums(paths: Sequence[Path], *, hints: Path) -> list[str]:
         ThreadPoolExecutor(READERS) as pool,
         tqdm(total=len(unknown), desc="reading", unit="file", disable=hidden) as progress,
     ):
-        computed = pool.map(_hash_file, [paths[index] for index in unknown])
+        computed = pool.map(hash_file, [paths[index] for index in unknown])
         for index, digest in zip(unknown, computed, strict=True):
             digests[index] = digest
             progress.update()
@@ -215,7 +215,19 @@ def _is_settled(state: list[int], now: int) -> bool:
     return changed + tick < now
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal text.
+
+    Raises:
+        SourceError: it cannot be read, such as a link that leads nowhere, or a folder.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "empty"
+        >>> path.touch()
+        >>> hash_file(path)[:8]
+        'e3b0c442'
+    """
     try:
         return compute_checksum(path)
     except OSError as error:
@@ -298,7 +310,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 def _copy_verified(source: Path, target: Path) -> None:
     """Copy a file, unless `target` is equal to it, and compare what reads back."""
-    digest = f"sha256:{_hash_file(source)}"
+    digest = f"sha256:{hash_file(source)}"
     if has_digest(target, digest):
         return
     with open_atomic(target) as file, source.open("rb") as original:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,24 +71,41 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+def find_data(needed: str, what: str) -> Path:
+    """The folder of data that is not part of the repository, or a skip if `needed` is not in it."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("LABKIT_DATA") or beside)
+    if not (folder / needed).is_dir():
+        pytest.skip(f"no {what}: {folder / needed} is missing (set LABKIT_DATA)")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with the real CIFAR-10 pixels, or a skip."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("LABKIT_DATA") or beside)
-    if not (folder / "cifar10-jpeg").is_dir():
-        pytest.skip(f"no real data: {folder / 'cifar10-jpeg'} is missing (set LABKIT_DATA)")
-    return folder
+    return find_data("cifar10-jpeg", "real data")
 
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
     """The folder with the annotated photographs, `camvid` and `photos`, or a skip."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("LABKIT_DATA") or beside)
-    if not (folder / "camvid").is_dir():
-        pytest.skip(f"no photographs: {folder / 'camvid'} is missing (set LABKIT_DATA)")
-    return folder
+    return find_data("camvid", "photographs")
+
+
+@pytest.fixture
+def deny_folder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make folders of a name unreadable, which permissions cannot do for the superuser."""
+    scan = os.scandir
+
+    def deny(name: str) -> None:
+        def refuse(path: Any) -> Any:
+            if Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+
+    return deny
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,9 @@ def test_only_the_main_process_prints_the_result(
 ) -> None:
     metrics = SimpleNamespace(accuracy=0.5, accuracy_interval=(0.4, 0.6), accuracy_tta=0.55)
     data = SimpleNamespace(name="demo scenes")
-    run = SimpleNamespace(metrics=metrics, data=data, note="demo", folder=Path("out"))
+    run = SimpleNamespace(
+        metrics=metrics, data=data, note="demo", folder=Path("out"), is_on_other_data=False
+    )
     monkeypatch.setattr("labkit.classify.fit.fit", lambda *_, **__: run)
     monkeypatch.setattr(sys, "argv", ["labkit", "train", "--preset", "demo", "--data", "scenes"])
     monkeypatch.setenv("RANK", rank)

@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -349,18 +350,11 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_errors(tmp_path: Path) -> No
 
 
 def test_an_unreadable_folder_inside_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, deny_folder: Callable[[str], None]
 ) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "a.png").write_bytes(PNG)
-    scan = os.scandir
-
-    def deny(path: Any) -> Any:
-        if Path(path).name == "secret":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", deny)
+    deny_folder("secret")
     with pytest.raises(SourceError, match="secret could not be read: Permission denied"):
         list_images(tmp_path)
 

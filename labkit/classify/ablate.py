@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from labkit import viz
-from labkit.classify.checkpoint import CONFIG, HISTORY, METRICS
+from labkit.classify.checkpoint import CONFIG, METRICS
 from labkit.classify.config import AugmentConfig, TrainConfig, get_preset
 from labkit.classify.data import ImageData, load_data
 from labkit.classify.fit import fit
+from labkit.classify.optim import make_optimizer
+from labkit.classify.run import read_history
 from labkit.files import open_atomic, write_json
 from labkit.runtime import InputError, describe_device, get_versions, pick_device
 
@@ -454,7 +456,7 @@ def _train(variant: _Variant, seed: int, data: ImageData, folder: Path, device: 
     if (folder / METRICS).exists():
         _check_same_run(folder, config, variant, data)
         logger.info("%s is finished", folder)
-        return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+        return read_history(folder)
     logger.info("%s begins", folder)
     return fit(config, data=data, optimizer=make, out=folder, resume=True, device=device).history
 
@@ -477,20 +479,9 @@ def _make_constant(config: TrainConfig) -> Callable[[Iterable[nn.Parameter]], Op
     """A maker of the optimiser of `config` whose learning rate no schedule changes."""
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        rate, decay = config.learning_rate, config.weight_decay
-        if config.optimizer == "adamw":
-            optimizer: Optimizer = AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-        elif config.optimizer == "sgd":
-            optimizer = SGD(
-                parameters,
-                lr=rate,
-                momentum=config.momentum,
-                weight_decay=decay,
-                nesterov=config.momentum > 0,
-                fused=True,
-            )
-        else:
+        if config.optimizer not in ("adamw", "sgd"):
             raise InputError(f"a constant rate needs adamw or sgd, got {config.optimizer!r}")
+        optimizer = make_optimizer(parameters, config)
         optimizer.register_step_pre_hook(_restore_peak)
         return optimizer
 

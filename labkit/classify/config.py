@@ -250,6 +250,27 @@ def _rename(settings: Mapping[str, Any], table: str) -> dict[str, Any]:
 _CROP_FLIP = AugmentConfig(pad=4, flip="random")
 _STRONG = AugmentConfig(pad=4, flip="random", auto_augment="trivial", erase=0.1, cutmix=1.0)
 
+# airbench94 (Jordan 2024, arXiv 2404.00498), its rates turned from summed to mean loss.
+_SPEED = TrainConfig(
+    preset="speed",
+    model="speed",
+    epochs=10,
+    batch_size=1024,
+    optimizer="sgd",
+    learning_rate=1.5,
+    weight_decay=1.33e-3,
+    momentum=0.85,
+    norm_bias_lr_scale=64.0,
+    stem_bias_until=0.3,
+    schedule="triangle",
+    warmup=0.23,
+    final_lr=0.07,
+    label_smoothing=0.2,
+    lookahead=5,
+    tta="flip-shift",
+    augment=AugmentConfig(pad=2, pad_mode="reflect", flip="alternating"),
+)
+
 PRESETS: Mapping[str, TrainConfig] = {
     config.preset: config
     for config in (
@@ -395,46 +416,13 @@ PRESETS: Mapping[str, TrainConfig] = {
             ema_decay=0.999,
             augment=AugmentConfig(flip="random"),
         ),
-        # airbench94 (Jordan 2024, arXiv 2404.00498), its rates turned from summed to mean loss.
-        TrainConfig(
-            preset="speed",
-            model="speed",
-            epochs=10,
-            batch_size=1024,
-            optimizer="sgd",
-            learning_rate=1.5,
-            weight_decay=1.33e-3,
-            momentum=0.85,
-            norm_bias_lr_scale=64.0,
-            stem_bias_until=0.3,
-            schedule="triangle",
-            warmup=0.23,
-            final_lr=0.07,
-            label_smoothing=0.2,
-            lookahead=5,
-            tta="flip-shift",
-            augment=AugmentConfig(pad=2, pad_mode="reflect", flip="alternating"),
-        ),
+        _SPEED,
         # The same with half of the channels, for a CPU: a quarter of the work an image.
-        TrainConfig(
+        dataclasses.replace(
+            _SPEED,
             preset="speed-narrow",
-            model="speed",
             model_options={"widths": [32, 128, 128]},
             epochs=6,
-            batch_size=1024,
-            optimizer="sgd",
-            learning_rate=1.5,
-            weight_decay=1.33e-3,
-            momentum=0.85,
-            norm_bias_lr_scale=64.0,
-            stem_bias_until=0.3,
-            schedule="triangle",
-            warmup=0.23,
-            final_lr=0.07,
-            label_smoothing=0.2,
-            lookahead=5,
-            tta="flip-shift",
-            augment=AugmentConfig(pad=2, pad_mode="reflect", flip="alternating"),
         ),
         # What the notebook trains on the embedded scenes: a small ViT, minutes on two CPU cores.
         TrainConfig(

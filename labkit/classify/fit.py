@@ -285,6 +285,7 @@ def prepare(
     """
     _check_world(config, train, device, world)
     loader = TrainLoader(train, config, device, transform)
+    batch_sizes = cut_batches(len(train), config.batch_size, 2 * world.size)
     own_model = model is not None
     if model is None:
         model = create_from_config(config, len(train.classes), pretrained=pretrained)
@@ -298,29 +299,25 @@ def prepare(
         model=model,
         optimizer=_resolve_optimizer(optimizer, model, config),
         scaler=GradScaler(device.type, enabled=precision.scale_loss),
-        ema=_create_average(model, config, len(train), world),
+        ema=_create_average(model, config, len(batch_sizes) * config.epochs),
         sums=torch.zeros(3, device=device),
     )
     if config.sync_batch_norm and world.size > 1:
         synchronise_norms(model)
     forward = model
     if config.compile:
-        largest = cut_batches(len(train), config.batch_size, 2 * world.size)[0]
-        own_share = len(share_batch(torch.arange(largest), world))
+        own_share = len(share_batch(torch.arange(batch_sizes[0]), world))
         shape = (own_share, 3, *train.images.shape[1:3])
         forward = try_compile(model, shape, device, precision)
     if world.size > 1:
         forward = DistributedDataParallel(forward)
-    return Trainer(config, loader, forward, device, precision, world), state
+    return Trainer(config, loader, forward, device, precision, world, batch_sizes), state
 
 
-def _create_average(
-    model: nn.Module, config: TrainConfig, num_images: int, world: World
-) -> nn.Module | None:
+def _create_average(model: nn.Module, config: TrainConfig, total_steps: int) -> nn.Module | None:
     """The averaged weights of `config`, which begin as those of `model`."""
     if config.lookahead:
-        steps = len(cut_batches(num_images, config.batch_size, 2 * world.size))
-        return Lookahead(model, config.lookahead, steps * config.epochs)
+        return Lookahead(model, config.lookahead, total_steps)
     if config.ema_decay:
         from timm.utils.model_ema import ModelEmaV3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -171,22 +172,34 @@ def compute_layer_decays(model: nn.Module, decay: float) -> dict[int, float]:
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimiser of `config`, over `group_parameters`; each group carries its `peak_lr`."""
-    groups = group_parameters(model, config)
+    return make_optimizer(group_parameters(model, config), config)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: TrainConfig
+) -> Optimizer:
+    """The optimiser of `config` over parameters, or over groups with rates of their own.
+
+    Raises:
+        InputError: the optimiser of `config` is one of the user's.
+    """
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "custom":
         raise InputError("this configuration is of a run with an optimizer of your own: give it")
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.learning_rate, fused=True)
+        return AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     if config.optimizer == "sgd":
         return SGD(
-            groups,
-            lr=config.learning_rate,
+            parameters,
+            lr=rate,
             momentum=config.momentum,
+            weight_decay=decay,
             nesterov=config.momentum > 0,
             fused=True,
         )
     from timm.optim.muon import Muon
 
-    optimizer: Optimizer = Muon(groups, lr=config.learning_rate, momentum=0.95)
+    optimizer: Optimizer = Muon(parameters, lr=rate, momentum=0.95)
     return optimizer
 
 

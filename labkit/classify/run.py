@@ -461,10 +461,6 @@ def collect_facts(
     }
 
 
-def _parse_lines(text: str) -> list[dict[str, float]]:
-    return [dict(json.loads(line)) for line in text.splitlines()]
-
-
 def _read(path: Path, parse: Callable[[str], T]) -> T:
     """What `parse` makes of the text of a file of the run."""
     try:
@@ -475,6 +471,18 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
         raise describe_unreadable(path, error) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise _describe_damage(path, error) from error
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The rows of the history of the run in `folder`, one an epoch.
+
+    Raises:
+        InputError: the file is damaged.
+        SourceError: it cannot be read.
+    """
+    return _read(
+        folder / HISTORY, lambda text: [dict(json.loads(line)) for line in text.splitlines()]
+    )
 
 
 def _describe_damage(path: Path, error: Exception) -> InputError:
@@ -542,7 +550,7 @@ def load_run(
     target = pick_device(device)
     digest = saved.pop("weights_sha256", None)
     model = _load_weights(folder, config, len(images.classes), model, digest)
-    history = _read(folder / HISTORY, _parse_lines)
+    history = read_history(folder)
     metrics = evaluate(
         model,
         images.test,

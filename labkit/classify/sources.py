@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from labkit.files import (
     compute_checksum,
     compute_checksums,
-    describe_unreadable,
     download,
     download_from_hub,
+    hash_file,
 )
 from labkit.images import is_system_file, list_images, open_image, to_rgb
 from labkit.runtime import InputError, SourceError, as_one_line
@@ -212,7 +212,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
         for split in SPLITS:
             names[split], files[split] = _choose_parquet(folder, split)
         if all(files.values()):
-            marks = [f"{path.name} {_hash_file(path)}" for s in SPLITS for path in files[s]]
+            marks = [f"{path.name} {hash_file(path)}" for s in SPLITS for path in files[s]]
             marks += [] if image_size == CIFAR10_SIZE else [str(image_size)]
             read = partial(_read_parquet, files, image_size)
             remarks = _describe_split(names["test"], "-*.parquet")
@@ -221,7 +221,7 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
     for folder in (root, root / CIFAR10_FOLDER):
         paths = {s: [folder / file for file in CIFAR10_BATCHES[s]] for s in SPLITS}
         if all(path.is_file() for s in SPLITS for path in paths[s]):
-            marks = [_hash_file(path) for s in SPLITS for path in paths[s]]
+            marks = [hash_file(path) for s in SPLITS for path in paths[s]]
             read = partial(_read_cifar10_folder, paths)
             return Source("batches", name, CIFAR10_SIZE, _hash(marks), read)
 
@@ -234,14 +234,6 @@ def _find_folder(source: str, cache: Path, image_size: int) -> Source:
 
 def _refuse_source(source: str, holds: str) -> InputError:
     return InputError(f"data source must be {EXPECTED}; got {source!r}, which holds {holds}")
-
-
-def _hash_file(path: Path) -> str:
-    """The checksum of a file that may be a link to nowhere or a folder."""
-    try:
-        return compute_checksum(path)
-    except OSError as error:
-        raise describe_unreadable(path, error) from error
 
 
 def _choose_folder(root: Path, split: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
@@ -115,6 +114,7 @@ class Trainer:
         device: where the network is.
         precision: arithmetic of the forward passes.
         world: the processes that train together.
+        batch_sizes: number of images in each batch of an epoch, over all processes together.
     """
 
     config: TrainConfig
@@ -123,11 +123,7 @@ class Trainer:
     device: torch.device
     precision: Precision
     world: World
-
-    @functools.cached_property
-    def batch_sizes(self) -> list[int]:
-        """Number of images in each batch of an epoch, over all processes together."""
-        return cut_batches(len(self.loader), self.config.batch_size, 2 * self.world.size)
+    batch_sizes: Sequence[int]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -385,7 +381,7 @@ def train_one_epoch(
     trainer.forward.train()
     clock = time.perf_counter()
     order = permutation(trainer.config.seed, state.epoch, len(trainer.loader))
-    batches = torch.split(order, trainer.batch_sizes)
+    batches = torch.split(order, list(trainer.batch_sizes))
     shares = [share_batch(batch, trainer.world) for batch in batches[state.step :]]
     for batch in trainer.loader.batches(state.epoch, shares):
         trainer.step(state, *batch)

@@ -27,6 +27,7 @@ from labkit.segment.export import get_file_name
 from labkit.segment.generate import Thresholds, generate_masks, init_queries
 from labkit.segment.masks import Candidate, encode_mask, upsample_mask
 from labkit.segment.presence import (
+    choose_rivals,
     decide_after_refinement,
     decide_before_refinement,
     measure_evidence,
@@ -170,11 +171,12 @@ class TextSegmenter:
         spellings = [normalize_sentence(sentence) for sentence in [*sentences, *negatives]]
         encoded = self.clipseg.encode(pixels)
         maps = self.clipseg.predict_heat(encoded, spellings, self.templates)
+        wanted, unwanted = maps[: len(sentences)], maps[len(sentences) :]
         segmentation = self.segment_maps(
             pixels,
             sentences,
-            wanted=maps[: len(sentences)],
-            unwanted=maps[len(sentences) :],
+            wanted=wanted,
+            unwanted=unwanted,
             exclusive=exclusive,
             assume_present=assume_present,
             thresholds=thresholds,
@@ -182,8 +184,10 @@ class TextSegmenter:
         threshold = self._get_threshold(thresholds)
         results = []
         for index, result in enumerate(segmentation.sentences):
-            rivals = np.delete(maps, index, axis=0) if exclusive else maps[len(sentences) :]
-            results.append(self._add_suggestions(result, encoded, spellings, rivals, threshold))
+            if result.presence < threshold:
+                rivals = choose_rivals(wanted, unwanted, index, exclusive=exclusive)
+                result = self._add_suggestions(result, encoded, spellings, rivals, threshold)
+            results.append(result)
         return replace(segmentation, sentences=tuple(results), file_name=get_file_name(image))
 
     def _get_threshold(self, thresholds: Thresholds) -> float:
@@ -201,14 +205,14 @@ class TextSegmenter:
         """`result` with other forms of its sentence that would be present in its place.
 
         Args:
-            result: of one sentence; where its score is enough, it stays as it is.
+            result: of one sentence, whose score is not enough.
             encoded: the image.
             spellings: all sentences that were asked, also those that are not meant.
             rivals: maps (R, h, w) of the sentences that this one is held against; R may be 0.
             threshold: presence from which a sentence counts as true.
         """
         forms = [form for form in vary_sentence(result.sentence) if form not in spellings]
-        if result.presence >= threshold or not forms:
+        if not forms:
             return result
         suggestions = {}
         with contextlib.suppress(InputError):  # a form can be too long where the sentence is not

@@ -74,6 +74,18 @@ class Presence:
 _TYPICAL = Evidence(peak=0.5, contrast=0.45, contrastive_margin=0.0, agreement=0.6)
 
 
+def choose_rivals(maps: Maps, others: Maps, index: int, *, exclusive: bool) -> Maps:
+    """The maps that may explain the place of sentence `index` better.
+
+    Args:
+        maps: one map for each sentence, (S, ...).
+        others: maps (R, ...) of what is not meant.
+        index: the sentence.
+        exclusive: whether the other sentences are rivals too.
+    """
+    return np.concatenate([np.delete(maps, index, axis=0), others]) if exclusive else others
+
+
 def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> list[Evidence]:
     """Evidence for each of S sentences, before there are masks.
 
@@ -86,7 +98,6 @@ def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> li
     pixels = math.prod(maps.shape[1:])
     flat = maps.reshape(len(maps), pixels)
     outside = others.reshape(len(others), pixels)
-    rivals = np.concatenate([flat, outside])
     count = max(1, round(_PEAK_SHARE * pixels))
     peaks = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
     grounds = np.quantile(flat, _GROUND, axis=1)
@@ -95,7 +106,7 @@ def measure_evidence(maps: Maps, others: Maps, *, exclusive: bool = False) -> li
             peak=float(peaks[index]),
             contrast=float(peaks[index] - grounds[index]),
             contrastive_margin=_measure_margin(
-                flat[index], np.delete(rivals, index, axis=0) if exclusive else outside
+                flat[index], choose_rivals(flat, outside, index, exclusive=exclusive)
             ),
         )
         for index in range(len(maps))

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -620,17 +621,10 @@ def test_folders_and_files_have_any_name(
 
 
 def test_an_unreadable_class_folder_is_an_error(
-    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, deny_folder: Callable[[str], None]
 ) -> None:
     (image_folder / "train" / "ant" / "more").mkdir()
-    scan = os.scandir
-
-    def deny(path: Any) -> Any:
-        if Path(path).name == "more":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", deny)
+    deny_folder("more")
     with pytest.raises(SourceError, match="more could not be read: Permission denied"):
         load_data(str(image_folder))
 
