@@ -6,14 +6,17 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from labkit.segment.pipeline import TextSegmenter
+    from labkit.segment.results import Segmentation
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -204,14 +207,9 @@ def predict(
     drawn: list[tuple[str, Any, Any]] = []
     failed = 0
     for source in sources:
-        name = describe(source)
-        try:
-            square = classifier.load_squares(source)
-        except LabkitError as error:
-            if len(sources) == 1:
-                raise
+        name, square = describe(source), _attempt(classifier.load_squares, source, sources)
+        if square is None:
             failed += 1
-            print(f"labkit: {error}", file=sys.stderr)
             continue
         (shares,) = classifier.predict_proba(square)
         if len(drawn) < DRAWN:
@@ -279,16 +277,15 @@ def segment(
     sources = _expand_folders(images)
     segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
     options = {**limits, "exclusive": exclusive, "assume_present": assume_present}
+
+    def find(source: str) -> Segmentation:
+        return segmenter(source, prompt, not_ or (), **options)
+
     failed = 0
     for number, source in enumerate(sources, 1):
-        name = describe(source)
-        try:
-            found = segmenter(source, prompt, not_ or (), **options)
-        except LabkitError as error:
-            if len(sources) == 1:
-                raise
+        name, found = describe(source), _attempt(find, source, sources)
+        if found is None:
             failed += 1
-            print(f"labkit: {error}", file=sys.stderr)
             continue
         folder = out if len(sources) == 1 else out / make_folder_name(number, found.file_name)
         found.save(folder)
@@ -302,6 +299,19 @@ def segment(
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
+
+
+def _attempt(work: Callable[[str], T], source: str, sources: list[str]) -> T | None:
+    """What `work` makes of a source; of several, one that fails is a line on stderr, and None."""
+    from labkit.runtime import LabkitError
+
+    try:
+        return work(source)
+    except LabkitError as error:
+        if len(sources) == 1:
+            raise
+        print(f"labkit: {error}", file=sys.stderr)
+        return None
 
 
 LIMITS = (
