@@ -603,8 +603,11 @@ def test_ablate_prints_a_verdict_for_each_claim(
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from labkit.classify import fit
+
+# Tests that a script runs in the background inherit that interrupts are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def wait(*arguments, **options):
     print("ready", flush=True)
