@@ -422,7 +422,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             _SPEED,
             preset="speed-narrow",
             model_options={"widths": [32, 128, 128]},
-            epochs=6,
+            epochs=5,
         ),
         # What the notebook trains on the embedded scenes: a small ViT, minutes on two CPU cores.
         TrainConfig(
