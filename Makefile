@@ -12,9 +12,9 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 run: $(READY)
 	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb q2.ipynb
 
-# A process a core, four at most; each takes whole files.
+# A process of one thread a core, four at most; each takes whole files.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
