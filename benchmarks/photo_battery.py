@@ -262,7 +262,8 @@ class KnowingSam2:
     """In the place of SAM-2: it answers from true masks, with the ambiguity of the real one.
 
     Attributes:
-        use: which of points, box and mask of a prompt it looks at.
+        use: which of points, box and mask of a prompt it looks at; "true box" is the box of the
+            object that the prompt means most.
     """
 
     seed: int = 0
@@ -298,12 +299,23 @@ class KnowingSam2:
                 self._answer(
                     prompt.points if "points" in self.use else prompt.points[:0],
                     prompt.labels if "points" in self.use else prompt.labels[:0],
-                    prompt.box / 4 if "box" in self.use else None,
+                    self._find_box(prompt),
                     prompt.mask_logits if "mask" in self.use else None,
                 )
                 for prompt in prompts
             ]
         )
+
+    def _find_box(self, prompt: Prompt) -> NDArray[np.float64] | None:
+        """The box (4,) of a prompt in pixels of the low resolution, if boxes are looked at."""
+        if "true box" in self.use:
+            size = (SMALL_RES, SMALL_RES)
+            region = cv2.resize(prompt.region.astype(np.float32), size).ravel()
+            shared = np.minimum(self._small, region).sum(axis=1)
+            ious = shared / np.maximum(self._small, region).sum(axis=1)
+            box: NDArray[np.float64] = self._boxes[np.where(self._levels == 1, ious, -1).argmax()]
+            return box
+        return prompt.box / 4 if "box" in self.use else None
 
     def _answer(
         self,

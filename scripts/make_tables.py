@@ -1,4 +1,4 @@
-"""Write the tables of README.md and q1.ipynb from the files in benchmarks/results.
+"""Write the tables of README.md and of the notebooks from the files in benchmarks/results.
 
 python scripts/make_tables.py           # write them
 python scripts/make_tables.py --check   # only say which differ
@@ -268,6 +268,20 @@ def make_segment(results: Results, file: str, rows: Sequence[Row], head: Sequenc
     return draw(head, [(row.what.format(**result), row.figure(result)) for row in rows])
 
 
+def make_prompt_ablation(results: Results) -> str:
+    """What each part of a prompt is worth, on scenes and on photographs."""
+    head = ("SAM-2 is told", "scenes: IoU", "recall of objects", "photographs: IoU, by a stand-in")
+    result = results.read("prompt-ablation.json")
+    if result is None:
+        return draw(head, [("the parts of a prompt", NOT_MEASURED, "–", "–")])
+    lines = []
+    for way, row in result["scenes"].items():
+        photographs = interval(result["photographs"][way]["all"], "iou").replace(" | ", " (") + ")"
+        scenes = (interval(row, key).replace(" | ", " (") + ")" for key in ("iou", "recall"))
+        lines.append((way, *scenes, photographs))
+    return draw(head, lines)
+
+
 def make_presets(results: Results) -> str:
     """The accuracy of every preset, for the notebook."""
     epochs = PRESETS["seed-resnet18"].epochs
@@ -356,6 +370,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "segment-speed": lambda results: make_segment(
         results, "segment-speed.json", SPEED, ("what", "figure", "spread")
     ),
+    "prompt-ablation": make_prompt_ablation,
     "presets": make_presets,
     "ablate": make_ablate,
     "peak-share": make_peak_share,
@@ -380,7 +395,7 @@ def fill(text: str, results: Results) -> str:
 
 
 def update(root: Path, *, write: bool = True) -> list[str]:
-    """Make the tables of README.md and q1.ipynb in `root` anew; return which files changed."""
+    """Make the tables of README.md and the notebooks in `root` anew; return which files changed."""
     results, changed = Results(root / "benchmarks" / "results"), []
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -388,16 +403,16 @@ def update(root: Path, *, write: bool = True) -> list[str]:
         changed.append(readme.name)
         if write:
             readme.write_text(new, encoding="utf-8")
-    path = root / "q1.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    sources = [cell.source for cell in notebook.cells]
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = fill(cell.source, results)
-    if [cell.source for cell in notebook.cells] != sources:
-        changed.append(path.name)
-        if write:
-            nbformat.write(notebook, path)
+    for path in (root / "q1.ipynb", root / "q2.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        sources = [cell.source for cell in notebook.cells]
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = fill(cell.source, results)
+        if [cell.source for cell in notebook.cells] != sources:
+            changed.append(path.name)
+            if write:
+                nbformat.write(notebook, path)
     return changed
 
 

@@ -182,7 +182,7 @@ def explain_absence(evidence: Evidence, model: PresenceModel) -> str:
     """Why a sentence counts as absent, in words: the evidence that costs it most.
 
     A cost is the distance from what is typical of a thing that is there. From the ideal, a logit
-    without bound would outweigh all else.
+    without bound would outweigh all else. Where nothing is short of that, the peak is named.
     """
     causes = (
         f"its highest probability is only {evidence.peak:.3f}",
@@ -192,7 +192,7 @@ def explain_absence(evidence: Evidence, model: PresenceModel) -> str:
     )
     terms = zip(_weights(model), _TYPICAL.to_features(), evidence.to_features(), strict=True)
     costs = [weight * (typical - measured) for weight, typical, measured in terms]
-    return causes[costs.index(max(costs))]
+    return causes[costs.index(max(costs)) if max(costs) > 0 else 0]
 
 
 def _describe_agreement(evidence: Evidence) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -181,13 +181,17 @@ class Segmentation:
         """Draw the image with every mask in a colour of its own."""
         return draw_overlay(self)
 
-    def figure(self, *stages: str) -> Figure:
+    def figure(self, *stages: str, sentences: Sequence[str] = ()) -> Figure:
         """Draw a row for each sentence, with its heat map, prompts and masks; or only `stages`.
 
+        Args:
+            stages: heat, prompts or masks; by default all.
+            sentences: those of which a row is drawn; by default all.
+
         Raises:
-            InputError: a stage is not heat, prompts or masks.
+            InputError: a stage is another, or a sentence was not asked for.
         """
-        return draw_stages(self, *stages)
+        return draw_stages(self, *stages, sentences=sentences)
 
     def tables(self) -> dict[str, Table]:
         """Sentences and objects as tables, for a report or a notebook."""

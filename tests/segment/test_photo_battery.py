@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from benchmarks.photo_battery import (
     stage_photo,
     summarize,
 )
-from labkit.segment.prompts import Prompt, make_box
+from labkit.segment.prompts import Prompt, make_box, make_prompts
+from labkit.segment.sam2 import Sam2
 
 ROOT = Path(__file__).resolve().parents[2]
 Mask = NDArray[np.bool_]
@@ -115,3 +118,30 @@ def test_battery_runs_on_the_real_photographs(photographs: Path, tmp_path: Path)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     result = json.loads(out.read_text())
     assert result["n_photos"] == 5 and result["kinds"]["stuff"]["recall"] > 0.8
+
+
+def test_a_sam2_told_all_parts_of_a_prompt_is_the_usual_one(
+    sam2: Sam2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each part alone makes a difference; a true box is that of the object that is meant."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ablation: Any = importlib.import_module("prompt_ablation")
+    image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    features = sam2.encode(image)
+    scale = sam2.image_size / np.array([320, 240])
+    heat = make_heat(PHOTO, "person", seed=3)
+    prompts = make_prompts(heat, low_res_size=sam2.low_res_size)
+    prompts = [p.scale(*(sam2.image_size / np.array(heat.shape[::-1]))) for p in prompts]
+    truth = np.stack([FAR, POLE, PERSON])
+    answers = {
+        way: ablation.PartialSam2(sam2, use, truth).predict(features, prompts)
+        for way, use in ablation.WAYS.items()
+    }
+    for usual, partial in zip(
+        sam2.predict(features, prompts), answers["points, box and mask"], strict=True
+    ):
+        np.testing.assert_allclose(partial, usual, atol=1e-4)
+    logits = [answer[0] for answer in answers.values()]
+    assert not any(np.allclose(a, b) for i, a in enumerate(logits) for b in logits[:i])
+    true_box = ablation.PartialSam2(sam2, ("true box",), truth)._find_true_box(prompts[0])
+    np.testing.assert_allclose(true_box, make_box(PERSON) * np.tile(scale, 2))

@@ -147,6 +147,12 @@ def test_reason_does_not_blame_what_has_no_weight() -> None:
     assert "agreement" in explain_absence(replace(TYPICAL, contrast=0.0, agreement=0.3), model)
 
 
+def test_reason_names_the_peak_where_nothing_falls_short_of_the_typical() -> None:
+    """A demanding threshold turns away what no cause in particular speaks against."""
+    reason = explain_absence(replace(TYPICAL, peak=0.67, contrast=0.6, agreement=0.6), MODEL)
+    assert reason == "its highest probability is only 0.670"
+
+
 def test_maps_of_unwanted_sentences_are_rivals_without_evidence_of_their_own() -> None:
     (evidence,) = measure_evidence(bump(10, 0.4)[None], bump(10, 0.8)[None])
     both = evidence_of(np.stack([bump(10, 0.4), bump(10, 0.8)]))
