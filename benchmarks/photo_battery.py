@@ -6,7 +6,7 @@ stand-in for SAM-2 knows the true objects, their parts and their groups, and ans
 the ambiguity of the real one: a part, the whole, several together. Everything is a function of the
 seed, so the same data give the same figures.
 
-    python benchmarks/photo_battery.py --data ../shared/data
+    python benchmarks/photo_battery.py --data FOLDER
 
 Figures by kind: `iou` is the mean over true objects of the IoU with the mask that is matched to
 each (0 where none is); `recall` the share of objects with a mask of IoU 0.5 or more; `precision`

@@ -9,7 +9,7 @@ Twice, with presence assumed, so that only the masks differ:
 Heat, instances, choice and clean-up are the same in every row. A true box is that of the object
 which the region of a prompt means most: what better boxes could bring at most.
 
-    python benchmarks/prompt_ablation.py --data ../shared/data
+    python benchmarks/prompt_ablation.py --data FOLDER
 """
 
 from __future__ import annotations
