@@ -55,12 +55,14 @@ class Attention(nn.Module):
         bias = None
         if self.relative_bias is not None:
             bias = self.relative_bias(length - self.grid**2).to(query.dtype)
-        if maps is None:
+        if maps is None and tokens.is_cuda:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        else:
+        else:  # which on a CPU is faster, too
             scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
-            maps.append((scores if bias is None else scores + bias).softmax(dim=-1))
-            mixed = maps[-1] @ value
+            attention = (scores if bias is None else scores + bias).softmax(dim=-1)
+            mixed = attention @ value
+            if maps is not None:
+                maps.append(attention)
         output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         return output
 
