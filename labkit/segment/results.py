@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import open_atomic, write_json
 from labkit.report import Cell, Table, write_report
 from labkit.runtime import InputError, as_one_line
 from labkit.segment.clipseg import normalize_sentence
-from labkit.segment.export import to_coco, to_supervision
+from labkit.segment.export import to_coco, to_coco_results, to_supervision, write_formats
 from labkit.segment.figures import draw_overlay, draw_stages
 from labkit.segment.masks import Rle, decode_mask
 from labkit.segment.presence import Evidence
@@ -23,6 +22,8 @@ from labkit.segment.prompts import Prompt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DEFAULT_FORMATS = ("coco", "overlay", "report")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,6 +112,8 @@ class Segmentation:
         note: stands on the face of every figure and report; "" for none.
         models: the weights that were used.
         file_name: the real name of the image file; "image" where there is none.
+        settings: what else was asked for, such as negatives and thresholds; only what is not the
+            default.
 
     Example:
         >>> image = np.zeros((4, 6, 3), np.uint8)
@@ -124,6 +127,7 @@ class Segmentation:
     note: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
     file_name: str = "image"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def objects(self) -> tuple[SegmentedObject, ...]:
@@ -165,13 +169,35 @@ class Segmentation:
         asked = ", ".join(repr(result.sentence) for result in self.sentences)
         raise InputError(f"{key!r} was not asked for; these sentences were: {asked}")
 
-    def to_coco(self, name: str | None = None) -> dict[str, Any]:
+    def to_coco(self, name: str | None = None, *, polygons: bool = False) -> dict[str, Any]:
         """The objects as a COCO document; see `labkit.segment.export.to_coco`.
 
         Args:
             name: the file name in the document; None for `file_name`.
+            polygons: masks as polygons, and not as run lengths.
         """
-        return to_coco(self, self.file_name if name is None else name)
+        return to_coco(self, self.file_name if name is None else name, polygons=polygons)
+
+    def to_coco_results(
+        self,
+        score: str = "presence",
+        *,
+        image_id: int = 1,
+        category_ids: Mapping[str, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The objects as COCO's list of results; see `labkit.segment.export.to_coco_results`.
+
+        Args:
+            score: which of the four scores ranks the objects.
+            image_id: the id of the image in the ground truth.
+            category_ids: the id of each sentence in the ground truth; None numbers them from 1.
+
+        Raises:
+            InputError: there is no such score, or a sentence has no id.
+        """
+        return to_coco_results(
+            self, self.file_name, score, image_id=image_id, category_ids=category_ids
+        )
 
     def to_supervision(self) -> Any:
         """The objects as `supervision.Detections`; see `labkit.segment.export.to_supervision`."""
@@ -213,26 +239,48 @@ class Segmentation:
             "Objects": Table(("sentence", *scores, "box"), objects),
         }
 
-    def save(self, folder: Path | str, name: str | None = None) -> Path:
-        """Write `masks.json`, `overlay.png` and `report.html` into a folder; return its path.
+    def save(
+        self,
+        folder: Path | str,
+        name: str | None = None,
+        *,
+        formats: Sequence[str] = DEFAULT_FORMATS,
+    ) -> Path:
+        """Write the result into a folder; return its path.
 
         Args:
             folder: is created if it is missing.
-            name: the file name of the image; None for `file_name`. `masks.json` keeps it as it
-                is, the title of the report cleaned and shortened.
+            name: the file name of the image; None for `file_name`. The files keep it as it is, the
+                title of the report cleaned and shortened.
+            formats: what to write. By default it is "coco" (`masks.json`), "overlay"
+                (`overlay.png`) and "report" (`report.html`); there are also "coco-polygons",
+                "coco-results", "labelme", "yolo", "geojson", "labels" (a PNG of 16 bits) and
+                "cutouts" (a PNG with alpha for each object); see `labkit.segment.export.FORMATS`.
 
         Raises:
+            InputError: there is no such format.
             SourceError: something could not be written.
         """
-        folder, name = Path(folder), self.file_name if name is None else name
-        write_json(folder / "masks.json", self.to_coco(name))
-        overlay = self.overlay()
-        with open_atomic(folder / "overlay.png") as file:
-            overlay.savefig(file, format="png")
+        folder = Path(folder)
+        write_formats(self, folder, self.file_name if name is None else name, formats)
+        return folder
+
+    def write_report(self, path: Path, name: str | None = None) -> None:
+        """Write one self-contained page with the figures and tables.
+
+        Args:
+            path: of the HTML file.
+            name: the file name of the image; None for `file_name`. The title has it cleaned and
+                shortened.
+
+        Raises:
+            SourceError: the file could not be written.
+        """
+        name = self.file_name if name is None else name
         height, width = self.image.shape[:2]
         present = sum(result.present for result in self.sentences)
         write_report(
-            folder / "report.html",
+            path,
             title=f"What the sentences name in {as_one_line(name)}",
             note=self.note,
             facts={
@@ -240,7 +288,6 @@ class Segmentation:
                 "objects": f"{len(self)} in {present} sentences",
                 **self.models,
             },
-            figures={"Overlay": overlay, "Stages": self.figure()},
+            figures={"Overlay": self.overlay(), "Stages": self.figure()},
             tables=self.tables(),
         )
-        return folder
