@@ -47,12 +47,14 @@ class Candidate:
         predicted_iou: SAM-2's own estimate of the mask's IoU, in [0, 1].
         stability: how little the mask depends on its threshold, in [0, 1].
         agreement: soft IoU of the mask with the heat of its instance, in [0, 1].
+        prompt: what SAM-2 was told; None where that is not known.
     """
 
     logits: Logits
     predicted_iou: float
     stability: float
     agreement: float
+    prompt: Prompt | None = None
 
     @property
     def score(self) -> float:
@@ -85,6 +87,7 @@ def select_mask(
             predicted_iou=float(np.clip(iou, 0, 1)),
             stability=measure_stability(mask),
             agreement=measure_agreement(mask > 0, heat, blur),
+            prompt=prompt,
         )
         for mask, iou in zip(logits, ious, strict=True)
     ]

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import re
 import unicodedata
+import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,15 @@ from labkit.segment.checkpoints import (
 )
 from labkit.segment.clipseg import ClipSeg, EncodedImage, normalize_sentence, vary_sentence
 from labkit.segment.export import get_file_name
-from labkit.segment.generate import Thresholds, generate_masks, init_queries
+from labkit.segment.generate import (
+    Correction,
+    Query,
+    Thresholds,
+    generate_masks,
+    init_queries,
+    refine_mask,
+    scale_blur,
+)
 from labkit.segment.masks import Candidate, encode_mask, upsample_mask
 from labkit.segment.presence import (
     choose_rivals,
@@ -34,11 +44,12 @@ from labkit.segment.presence import (
 )
 from labkit.segment.prompts import make_box
 from labkit.segment.results import Segmentation, SegmentedObject, SentenceResult
-from labkit.segment.sam2 import Sam2
+from labkit.segment.sam2 import ImageFeatures, Sam2
 
 Maps = NDArray[np.float32]
 
 _logger = logging.getLogger(__name__)
+_KEPT_IMAGES = 4  # whose masks can be corrected
 _TOO_SMALL = "its mask is smaller than a pixel of the image"
 _SEPARATOR = re.compile(r"[,;](?!\d)|\.(?=\s)|[|。、]")  # between things in a list
 
@@ -69,6 +80,7 @@ class TextSegmenter:
         self.presence, self.templates = presence, tuple(templates)
         self.note, self.models = note, dict(models or {})
         self._hinted: set[str] = set()  # sentences that a hint was given for
+        self._correctors: deque[ImageCorrector] = deque(maxlen=_KEPT_IMAGES)
 
     @classmethod
     def from_profile(
@@ -281,12 +293,12 @@ class TextSegmenter:
             absolute=not assume_present,
             box_threshold=thresholds.box,
         )
-        features = None
+        corrector = None
         results = []
         for query, heat, query_evidence in zip(queries, wanted, evidence, strict=True):
             if query.pending:
-                features = features or self.sam2.encode(image)
-                query = generate_masks(self.sam2, features, query, thresholds)
+                corrector = corrector or self._make_corrector(image, thresholds)
+                query = generate_masks(self.sam2, corrector.features, query, thresholds)
             presence = decide_after_refinement(
                 query_evidence,
                 [c.agreement for c in query.candidates] if query.prompts else None,
@@ -306,12 +318,96 @@ class TextSegmenter:
                 size=(image.shape[0], image.shape[1]),
                 assumed=presence.assumed,
             )
-            if result.present:
-                result = _add_objects(result, query.candidates, thresholds)
+            if result.present and corrector is not None:
+                result = _add_objects(result, query, thresholds, corrector)
             results.append(result)
-        return Segmentation(
+        segmentation = Segmentation(
             image=image, sentences=tuple(results), note=self.note, models=self.models
         )
+        if corrector is None:
+            return segmentation
+        return replace(segmentation, find_corrector=weakref.ref(corrector))
+
+    def _make_corrector(self, image: NDArray[np.uint8], thresholds: Thresholds) -> ImageCorrector:
+        """Encode an image, and keep its features until as many others were."""
+        corrector = ImageCorrector(
+            sam2=self.sam2,
+            features=self.sam2.encode(image),
+            size=(image.shape[0], image.shape[1]),
+            mask_threshold=thresholds.mask,
+        )
+        self._correctors.append(corrector)
+        return corrector
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptMask:
+    """What an object's mask was made of.
+
+    Attributes:
+        candidate: its small logits, and what SAM-2 was told.
+        blur: (x, y) of the heat that the prompt was made of, in pixels of the small logits.
+        correction: all that a user said about it; None for nothing.
+    """
+
+    candidate: Candidate
+    blur: tuple[float, float]
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageCorrector:
+    """What a segmenter keeps of an image, so that its masks can be corrected.
+
+    Attributes:
+        sam2: the model.
+        features: of the image.
+        size: (H, W) of the image.
+        mask_threshold: logit above which a pixel belongs to a mask.
+        masks: what the mask of each object was made of, as long as the object is in use.
+    """
+
+    sam2: Sam2
+    features: ImageFeatures
+    size: tuple[int, int]
+    mask_threshold: float
+    masks: weakref.WeakKeyDictionary[SegmentedObject, KeptMask] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+    def correct(
+        self, result: SentenceResult, segmented: SegmentedObject, correction: Correction
+    ) -> SegmentedObject:
+        """Make a new object in the place of one.
+
+        Args:
+            result: of the sentence of the object.
+            segmented: the object.
+            correction: what a user says about it.
+
+        Raises:
+            InputError: nothing is left of its mask.
+        """
+        kept = self.masks.get(segmented)
+        if kept is None:
+            raise InputError("this object was not made by a segmenter, and cannot be corrected")
+        if kept.correction is not None:
+            correction = kept.correction.add(correction)
+        candidate = refine_mask(
+            self.sam2,
+            self.features,
+            kept.candidate,
+            correction,
+            self.size,
+            mask_threshold=self.mask_threshold,
+            blur=kept.blur,
+        )
+        mask = upsample_mask(candidate.logits, self.size)
+        if not mask.any():
+            raise InputError("the correction leaves nothing of the mask; give another point or box")
+        new = _make_object(result, candidate, mask)
+        self.masks[new] = replace(kept, candidate=candidate, correction=correction)
+        return new
 
 
 def check_sentences(
@@ -391,12 +487,12 @@ def split_list(sentence: str) -> list[str]:
 
 
 def _add_objects(
-    result: SentenceResult, candidates: Sequence[Candidate], thresholds: Thresholds
+    result: SentenceResult, query: Query, thresholds: Thresholds, corrector: ImageCorrector
 ) -> SentenceResult:
     """`result` with an object for each mask that is large enough; without one it is absent."""
     objects: list[SegmentedObject] = []
     too_small = _TOO_SMALL
-    for candidate in candidates:
+    for candidate in query.candidates:
         mask = upsample_mask(candidate.logits, result.size)
         if not mask.any():
             continue
@@ -405,19 +501,27 @@ def _add_objects(
             continue
         if len(objects) == thresholds.maximum_objects:
             break
-        in_heat = upsample_mask(candidate.logits, result.heat.shape)
-        left, top, right, bottom = (int(edge) for edge in make_box(mask))
-        objects.append(
-            SegmentedObject(
-                sentence=result.sentence,
-                rle=encode_mask(mask),
-                box=(left, top, right, bottom),
-                presence=result.presence,
-                grounding=float(result.heat[in_heat].mean()) if in_heat.any() else 0.0,
-                predicted_iou=candidate.predicted_iou,
-                agreement=candidate.agreement,
-            )
-        )
+        segmented = _make_object(result, candidate, mask)
+        blur = scale_blur(query, corrector.sam2.low_res_size)
+        corrector.masks[segmented] = KeptMask(candidate=candidate, blur=blur)
+        objects.append(segmented)
     if not objects:
         return replace(result, present=False, reason=too_small)
     return replace(result, objects=tuple(objects))
+
+
+def _make_object(
+    result: SentenceResult, candidate: Candidate, mask: NDArray[np.bool_]
+) -> SegmentedObject:
+    """The object of a candidate, whose mask at the size of the image is not empty."""
+    in_heat = upsample_mask(candidate.logits, result.heat.shape)
+    left, top, right, bottom = (int(edge) for edge in make_box(mask))
+    return SegmentedObject(
+        sentence=result.sentence,
+        rle=encode_mask(mask),
+        box=(left, top, right, bottom),
+        presence=result.presence,
+        grounding=float(result.heat[in_heat].mean()) if in_heat.any() else 0.0,
+        predicted_iou=candidate.predicted_iou,
+        agreement=candidate.agreement,
+    )

@@ -168,6 +168,35 @@ class Sam2:
         logits, ious = map(np.concatenate, zip(*parts, strict=True))
         return logits, ious
 
+    def predict_clicks(
+        self,
+        features: ImageFeatures,
+        points: NDArray[np.float64],
+        labels: NDArray[np.int64],
+        mask_logits: Logits | None = None,
+    ) -> tuple[Logits, Logits]:
+        """Predict the four masks for one object that K clicks (K, 2) mean together.
+
+        Args:
+            features: from `encode`.
+            points: pixels (x, y) of SAM-2's square.
+            labels: (K,) 1 for the object, 0 for ground, 2 and 3 for the upper left and lower right
+                corner of a box around it.
+            mask_logits: (S, S), what the mask was before; None for nothing.
+
+        Returns:
+            Logits (4, S, S) and predicted IoUs (4,).
+        """
+        masks = None if mask_logits is None else torch.from_numpy(mask_logits)[None, None]
+        logits, ious = self._decode(
+            features,
+            torch.from_numpy(points).float()[None],
+            torch.from_numpy(labels).int()[None],
+            masks,
+            slice(0, 1),
+        )
+        return logits[0], ious[0]
+
     def _decode(
         self,
         features: ImageFeatures,
