@@ -121,11 +121,7 @@ def to_coco(segmentation: Segmentation, name: str, *, polygons: bool = False) ->
         for number, segmented in enumerate(segmentation, 1)
     ]
     return {
-        "info": {
-            "description": segmentation.note or "labkit",
-            **segmentation.models,
-            **({"settings": dict(segmentation.settings)} if segmentation.settings else {}),
-        },
+        "info": make_info(segmentation.note, segmentation.models, segmentation.settings),
         "images": [{"id": 1, "file_name": name, "width": width, "height": height}],
         "categories": [{"id": id_, "name": text} for text, id_ in categories.items()],
         "annotations": annotations,
@@ -426,6 +422,54 @@ def write_formats(
     for format_name in sorted(set(formats), key=lambda each: each == "coco"):
         chosen = FORMATS[format_name]
         chosen.write(segmentation, folder / chosen.path, name)
+
+
+def make_info(note: str, models: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """COCO's `info`: the note or the name of the program, the models, and settings if any.
+
+    Example:
+        >>> make_info("", {"SAM-2": "tiny"}, {})
+        {'description': 'labkit', 'SAM-2': 'tiny'}
+    """
+    return {
+        "description": note or "labkit",
+        **models,
+        **({"settings": dict(settings)} if settings else {}),
+    }
+
+
+def read_saved(
+    folder: Path,
+    file_name: str,
+    sentences: Sequence[str],
+    info: Mapping[str, Any],
+    formats: Sequence[str],
+) -> dict[str, Any] | None:
+    """Read the COCO document of an image that was saved before; None if that is to be done again.
+
+    Args:
+        folder: of the image.
+        file_name: of the image.
+        sentences: what was asked for.
+        info: what `make_info` would give now.
+        formats: what must be there.
+
+    Example:
+        >>> read_saved(Path("no such folder"), "photo.jpg", ["dog"], {}, ["coco"]) is None
+        True
+    """
+    try:
+        document: dict[str, Any] = json.loads((folder / FORMATS["coco"].path).read_text("utf-8"))
+        (image,) = document["images"]
+        is_same = (
+            image["file_name"] == file_name
+            and [row["name"] for row in document["categories"]] == list(sentences)
+            and document["info"] == info
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or no document of ours
+        return None
+    is_whole = all((folder / FORMATS[name].path).exists() for name in formats)
+    return document if is_same and is_whole else None
 
 
 def check_formats(formats: Sequence[str]) -> None:
