@@ -31,6 +31,7 @@ from labkit.segment.checkpoints import Checkpoint
 
 _SENTENCES_AT_ONCE = 16
 _IMAGES_AT_ONCE = 16
+_MOST_SHORTER = 3  # forms of a sentence
 _KEPT_EMBEDDINGS = 64  # lists of sentences
 _END_MARKS = " .,;:!?。、،؛؟।"
 
@@ -179,6 +180,30 @@ def vary_sentence(sentence: str) -> list[str]:
         start += 1
     other = _change_number(words[end - 1]) if start < end else ""
     return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
+
+
+def shorten_sentence(sentence: str) -> list[str]:
+    """Return shorter forms of a sentence that name more things, the longest first, at most three.
+
+    What comes after the head noun is left out first, then a number or article, then the words
+    before the noun one by one, the first one first. The head noun is that of `vary_sentence`.
+
+    Args:
+        sentence: any str.
+
+    Returns:
+        The forms in the spelling of `normalize_sentence`; none if it is the noun alone.
+
+    Example:
+        >>> shorten_sentence("a large red ball on the grass"), shorten_sentence("ball")
+        (['large red ball', 'red ball', 'ball'], [])
+    """
+    words = normalize_sentence(sentence).split()
+    end, start = _find_end_of_head(words), 0
+    while start < end - 1 and (words[start] in _QUANTITIES or words[start].isdigit()):
+        start += 1
+    forms = [" ".join(words[first:end]) for first in range(start, end)]
+    return [form for form in forms if form != " ".join(words)][:_MOST_SHORTER]
 
 
 def check_templates(templates: Sequence[str]) -> None:

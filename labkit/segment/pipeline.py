@@ -27,7 +27,13 @@ from labkit.segment.checkpoints import (
     check_installed,
     get_profile,
 )
-from labkit.segment.clipseg import ClipSeg, EncodedImage, normalize_sentence, vary_sentence
+from labkit.segment.clipseg import (
+    ClipSeg,
+    EncodedImage,
+    normalize_sentence,
+    shorten_sentence,
+    vary_sentence,
+)
 from labkit.segment.export import get_file_name
 from labkit.segment.generate import (
     Correction,
@@ -141,8 +147,8 @@ class TextSegmenter:
     ) -> Segmentation:
         """Segment what each sentence names in an image; a sentence that is not true gets no mask.
 
-        Of a sentence that is not true the result says whether its singular or plural would be; see
-        `SentenceResult.suggestions`.
+        Of a sentence that is not true the result says whether its singular or plural would be, or a
+        shorter form of it; see `SentenceResult.suggestions`.
 
         Args:
             image: path, address, bytes, PIL image or array; see `labkit.load_image`.
@@ -300,7 +306,8 @@ class TextSegmenter:
             rivals: maps (R, h, w) of the sentences that this one is held against; R may be 0.
             threshold: presence from which a sentence counts as true.
         """
-        forms = [form for form in vary_sentence(result.sentence) if form not in spellings]
+        variants = [*vary_sentence(result.sentence), *shorten_sentence(result.sentence)]
+        forms = [form for form in dict.fromkeys(variants) if form not in spellings]
         if not forms:
             return result
         suggestions = {}

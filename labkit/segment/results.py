@@ -83,7 +83,8 @@ class SentenceResult:
         objects: what was found, the best first; empty if the sentence is absent.
         size: (H, W) of the image.
         suggestions: for an absent sentence, other forms of it that would be present, such as its
-            plural, and their presence. It is measured without SAM-2, and no mask comes of it.
+            plural or "ball" for "red ball", and their presence. It is measured without SAM-2, and
+            no mask comes of it.
         assumed: whether presence was assumed (`assume_present`), so that `present` is no verdict
             and says only that there are masks.
     """
