@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -260,45 +260,165 @@ def segment(
     assume_present: Annotated[
         bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
     ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="coco, coco-polygons, coco-results, labelme, yolo, geojson, labels, cutouts, "
+            "overlay or report; may be repeated [default: coco, and of one image overlay, report].",
+        ),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Draw overlay.png and report.html of several, too.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Segment in images what sentences name, or say that it is not there.
 
-    For one image OUT holds masks.json, overlay.png and report.html; for several, a folder for each.
-    Of several, one that cannot be read does not stop the others.
+    For one image OUT holds masks.json, overlay.png and report.html. For several it holds a folder
+    for each, and a masks.json of all of them. Of several, one that cannot be read does not stop the
+    others, and the same command goes on after an interruption; torchrun shares them out.
     """
-    from labkit.images import describe
-    from labkit.runtime import LabkitError
-    from labkit.segment.export import make_folder_name
+    from labkit.segment.export import check_formats
     from labkit.segment.pipeline import check_sentences
+    from labkit.segment.results import DEFAULT_FORMATS
 
     check_sentences(prompt, not_ or ())
-    limits = _collect_limits(context)
+    check_formats(formats or ())
+    options = {**_collect_limits(context), "exclusive": exclusive, "assume_present": assume_present}
     sources = _expand_folders(images)
-    segmenter = _load_segmenter(profile, clipseg, sam2, template, device)
-    options = {**limits, "exclusive": exclusive, "assume_present": assume_present}
+    segmenter = _load_segmenter(profile, clipseg, sam2, template, _pick_own_gpu(device))
+    if len(sources) > 1:
+        chosen = [*dict.fromkeys(["coco", *(formats or ()), *(REPORT if report else ())])]
+        _segment_many(segmenter, sources, (prompt, not_ or ()), options, out=out, formats=chosen)
+        return
+    found = segmenter(sources[0], prompt, not_ or (), **options)
+    chosen = [*formats, *(REPORT if report else ())] if formats else [*DEFAULT_FORMATS]
+    found.save(out, formats=chosen)
+    _print_found(found, sources[0], print)
+    print(f"{_describe(sources[0])}  {out / 'report.html' if 'report' in chosen else out}")
 
-    def find(source: str) -> Segmentation:
-        return segmenter(source, prompt, not_ or (), **options)
 
+REPORT = ("overlay", "report")
+"""The formats that `segment --report` adds; drawing them takes longer than the masks."""
+
+
+def _describe(source: str) -> str:
+    from labkit.images import describe
+
+    return describe(source)
+
+
+def _pick_own_gpu(device: str) -> str:
+    """The device of this process: one of several that torchrun started has a GPU of its own."""
+    from labkit.runtime import World, pick_device
+
+    world = World.from_environment()
+    if world.size > 1 and pick_device(device).type == "cuda":
+        return f"cuda:{world.local_rank}"
+    return device
+
+
+def _print_found(found: Segmentation, source: str, show: Callable[[str], None]) -> None:
+    """Show a line for each sentence."""
+    note = f"  [{found.note}]" if found.note else ""
+    for result in found.sentences:
+        count = len(result.objects)
+        verdict = f"{count} found" if count else f"not found: {result.reason}"
+        hint = f"; rather ask for {result.list_suggestions()}" if result.suggestions else ""
+        score = f"(presence {result.presence:.2f})"
+        show(f"{_describe(source)}  {result.sentence!r}  {verdict} {score}{hint}{note}")
+
+
+def _segment_many(
+    segmenter: TextSegmenter,
+    sources: list[str],
+    sentences: tuple[Sequence[str], Sequence[str]],
+    options: dict[str, Any],
+    *,
+    out: Path,
+    formats: list[str],
+) -> None:
+    """Segment several images, those that are not finished, and write a COCO document of all.
+
+    Args:
+        segmenter: the models.
+        sources: the images; each process of torchrun takes its share.
+        sentences: what is wanted, and what is not meant.
+        options: further arguments of the segmenter.
+        out: for a folder of each image, and masks.json.
+        formats: what is written of each image.
+
+    Raises:
+        LabkitError: images failed; the others are finished.
+    """
+    from collections import deque
+
+    from tqdm.auto import tqdm
+
+    from labkit.files import write_json
+    from labkit.images import ImageSource
+    from labkit.runtime import LabkitError, World, is_interactive
+    from labkit.segment.export import (
+        get_file_name,
+        make_folder_name,
+        make_info,
+        merge_coco,
+        read_saved,
+    )
+    from labkit.segment.pipeline import Question
+
+    question = Question.check(*sentences, **options)
+    info = make_info(segmenter.note, segmenter.models, segmenter.describe_settings(question))
+    names = [get_file_name(source) for source in sources]
+    folders = [out / make_folder_name(number, name) for number, name in enumerate(names, 1)]
+
+    def read(index: int) -> dict[str, Any] | None:
+        if _is_newer(sources[index], folders[index] / "masks.json"):
+            return None
+        return read_saved(folders[index], names[index], question.sentences, info, formats)
+
+    world = World.from_environment()
+    share = range(world.rank, len(sources), world.size)
+    queue = deque(index for index in share if read(index) is None)
+    if len(queue) < len(share):
+        print(f"{len(share) - len(queue)} of {len(share)} images are finished already")
+    hidden = not (world.is_main_process and is_interactive())
     failed = 0
-    for number, source in enumerate(sources, 1):
-        name, found = describe(source), _attempt(find, source, sources)
-        if found is None:
+    with (
+        world.join(segmenter.clipseg.device),
+        tqdm(total=len(queue), desc="segmenting", unit="image", disable=hidden) as progress,
+    ):
+
+        def skip(_: ImageSource, error: LabkitError) -> None:
+            nonlocal failed
             failed += 1
-            continue
-        folder = out if len(sources) == 1 else out / make_folder_name(number, found.file_name)
-        found.save(folder)
-        note = f"  [{found.note}]" if found.note else ""
-        for result in found.sentences:
-            count = len(result.objects)
-            verdict = f"{count} found" if count else f"not found: {result.reason}"
-            hint = f"; rather ask for {result.list_suggestions()}" if result.suggestions else ""
-            score = f"(presence {result.presence:.2f})"
-            print(f"{name}  {result.sentence!r}  {verdict} {score}{hint}{note}")
-        print(f"{name}  {folder / 'report.html'}")
+            queue.popleft()
+            progress.update()
+            progress.write(f"labkit: {error}", file=sys.stderr)
+
+        todo = [sources[index] for index in queue]
+        for found in segmenter.stream(todo, *sentences, on_error=skip, **options):
+            index = queue.popleft()
+            found.save(folders[index], formats=formats)
+            _print_found(found, sources[index], progress.write)
+            progress.update()
+        world.wait()
+        if world.is_main_process:
+            documents = (read(index) for index in range(len(sources)))
+            write_json(out / "masks.json", merge_coco(filter(None, documents)))
+            progress.write(str(out / "masks.json"))
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
+
+
+def _is_newer(source: str, saved: Path) -> bool:
+    """Whether an image file was changed after its masks were saved; an address never is."""
+    try:
+        return os.stat(source).st_mtime > saved.stat().st_mtime
+    except (OSError, ValueError):
+        return False
 
 
 def _attempt(work: Callable[[str], T], source: str, sources: list[str]) -> T | None:
@@ -627,7 +747,8 @@ def main() -> None:
             raise SystemExit(1) from None
         except SystemExit as stop:
             if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
-                hints = {"train": "; add --resume to go on", "ablate": "; the same command goes on"}
+                again = "; the same command goes on"
+                hints = {"train": "; add --resume to go on", "ablate": again, "segment": again}
                 hint = hints.get(next(iter(sys.argv[1:]), ""), "")
                 print(f"labkit: interrupted{hint}", file=sys.stderr)
             raise

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -7,14 +8,18 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from labkit.classify.config import PRESETS, TrainConfig
 from labkit.cli import main
@@ -347,6 +352,107 @@ def test_segment_of_a_folder_gives_each_image_a_folder(
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0001-0", "0002-1"]
 
 
+def segment_all(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """Run `labkit segment` on the demo profile; the exit status, None or 0 for success."""
+    command = ["segment", *arguments, "--profile", "demo", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["labkit", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+def list_files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_folder_gets_one_coco_file_and_no_report_unless_asked(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(scenes), "--prompt", "star", "--prompt", "circle", "--out", str(tmp_path)]
+    assert not segment_all(monkeypatch, *arguments)
+    assert list_files(tmp_path) == ["0001-0/masks.json", "0002-1/masks.json", "masks.json"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(tmp_path / "masks.json"))
+    assert [image["file_name"] for image in coco.imgs.values()] == ["0.png", "1.png"]
+    for number, image_id in enumerate(coco.imgs):
+        alone = json.loads((tmp_path / f"000{number + 1}-{number}" / "masks.json").read_text())
+        rows = coco.loadAnns(coco.getAnnIds(imgIds=[image_id]))
+        assert [row["segmentation"] for row in rows] == [
+            row["segmentation"] for row in alone["annotations"]
+        ]
+    assert not segment_all(monkeypatch, *arguments, "--report", "--format", "geojson")
+    names = ["masks.geojson", "masks.json", "overlay.png", "report.html"]
+    assert list_files(tmp_path / "0001-0") == list_files(tmp_path / "0002-1") == names
+
+
+def test_a_folder_goes_on_where_it_was_left(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(scenes, photos)
+    arguments = [str(photos), "--prompt", "star", "--out", str(out)]
+    assert not segment_all(monkeypatch, *arguments)
+    whole = (out / "masks.json").read_bytes()
+    first, second = (out / name / "masks.json" for name in ("0001-0", "0002-1"))
+    stamps = [path.stat().st_mtime_ns for path in (first, second)]
+    second.write_text("{")  # broken off
+    (out / "masks.json").unlink()
+    capsys.readouterr()
+    assert not segment_all(monkeypatch, *arguments)
+    assert "1 of 2 images are finished already" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == stamps[0] and second.stat().st_mtime_ns > stamps[1]
+    assert (out / "masks.json").read_bytes() == whole
+    for change in (["--not", "circle"], ["--box-threshold", "0.4"], ["--prompt", "circle"]):
+        assert not segment_all(monkeypatch, *arguments, *change)  # another question: all anew
+        assert "finished already" not in capsys.readouterr().out
+    assert not segment_all(monkeypatch, *arguments)
+    later = time.time() + 10
+    os.utime(photos / "0.png", (later, later))
+    capsys.readouterr()
+    assert not segment_all(monkeypatch, *arguments)
+    assert "1 of 2 images are finished already" in capsys.readouterr().out
+
+
+def test_processes_of_torchrun_share_a_folder(scenes: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "labkit", "segment", str(scenes), "--prompt", "star"]
+    command += ["--profile", "demo", "--device", "cpu", "--out", str(tmp_path)]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=250)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "0.png" in told[0] and "1.png" not in told[0]
+    assert "1.png" in told[1] and "0.png" not in told[1]
+    document = json.loads((tmp_path / "masks.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["0.png", "1.png"]
+
+
+def test_one_image_is_saved_in_the_formats_that_are_asked_for(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [str(scenes / "0.png"), "--prompt", "star", "--out", str(tmp_path)]
+    assert not segment_all(monkeypatch, *arguments, "--format", "labels", "--format", "coco")
+    assert list_files(tmp_path) == ["labels.png", "masks.json"]
+    assert segment_all(monkeypatch, *arguments, "--format", "pascal") == 1
+    assert "formats must be of coco, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_narrow_console_ends_no_command(
     encoding: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -443,7 +549,8 @@ def test_segment_of_a_folder_skips_and_names_what_is_no_image(
     assert not stop.value.code
     documents = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("out/*/masks.json"))]
     assert [d["images"][0]["file_name"] for d in documents] == ["A: b?.PNG", "a.png"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001-A_b", "0002-a"]
+    names = ["0001-A_b", "0002-a", "masks.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     assert "skipped 2 that are no images: ._a.png, notes.txt" in caplog.text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from labkit.runtime import (
 from labkit.segment.checkpoints import Checkpoint
 
 _SENTENCES_AT_ONCE = 16
+_IMAGES_AT_ONCE = 16
+_MOST_SHORTER = 3  # forms of a sentence
+_KEPT_EMBEDDINGS = 64  # lists of sentences
 _END_MARKS = " .,;:!?。、،؛؟।"
 
 
@@ -178,6 +182,30 @@ def vary_sentence(sentence: str) -> list[str]:
     return [" ".join([*words[start : end - 1], other, *words[end:]])] if other else []
 
 
+def shorten_sentence(sentence: str) -> list[str]:
+    """Return shorter forms of a sentence that name more things, the longest first, at most three.
+
+    What comes after the head noun is left out first, then a number or article, then the words
+    before the noun one by one, the first one first. The head noun is that of `vary_sentence`.
+
+    Args:
+        sentence: any str.
+
+    Returns:
+        The forms in the spelling of `normalize_sentence`; none if it is the noun alone.
+
+    Example:
+        >>> shorten_sentence("a large red ball on the grass"), shorten_sentence("ball")
+        (['large red ball', 'red ball', 'ball'], [])
+    """
+    words = normalize_sentence(sentence).split()
+    end, start = _find_end_of_head(words), 0
+    while start < end - 1 and (words[start] in _QUANTITIES or words[start].isdigit()):
+        start += 1
+    forms = [" ".join(words[first:end]) for first in range(start, end)]
+    return [form for form in forms if form != " ".join(words)][:_MOST_SHORTER]
+
+
 def check_templates(templates: Sequence[str]) -> None:
     """Make sure that there is a template, and that each has one `{}` and no other brace.
 
@@ -277,6 +305,9 @@ class ClipSeg:
     ) -> None:
         self.model, self.processor = model.to(device).eval(), processor
         self.device, self.precision = device, precision
+        self._embeddings: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
+        tower = model.clip.vision_model.encoder  # what comes after the last layer read is cut off
+        tower.layers = tower.layers[: max(model.extract_layers) + 1]
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device) -> ClipSeg:
@@ -367,24 +398,53 @@ class ClipSeg:
         heat: NDArray[np.float32] = maps[0]
         return heat
 
-    @torch.inference_mode()
     def encode(self, image: NDArray[np.uint8]) -> EncodedImage:
         """Encode an image (H, W, 3) uint8 RGB, once for all calls of `predict_heat`."""
-        inputs = self.processor(
-            images=image, input_data_format="channels_last", return_tensors="pt"
+        return self.encode_batch([image])[0]
+
+    def encode_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[EncodedImage]:
+        """Encode images (H, W, 3) uint8 RGB of any sizes together, which is faster for many."""
+        parts = run_in_parts(
+            lambda part: self._encode(images[part]),
+            len(images),
+            size=_IMAGES_AT_ONCE,
+            what="images",
         )
-        with self.precision.autocast(self.device):
-            outputs = self.model.clip.vision_model(
-                inputs["pixel_values"].to(self.device),
-                output_hidden_states=True,
-                interpolate_pos_encoding=True,
-            )
-        layers = tuple(outputs.hidden_states[i + 1] for i in self.model.extract_layers)
-        return EncodedImage(layers, (image.shape[0], image.shape[1]))
+        return [encoded for part in parts for encoded in part]
 
     @torch.inference_mode()
+    def _encode(self, images: Sequence[NDArray[np.uint8]]) -> list[EncodedImage]:
+        inputs = [
+            self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
+            for image in images
+        ]
+        pixels = torch.cat([each["pixel_values"] for each in inputs])  # (B, 3, size, size)
+        with self.precision.autocast(self.device):
+            outputs = self.model.clip.vision_model(
+                pixels.to(self.device), output_hidden_states=True, interpolate_pos_encoding=True
+            )
+        layers = [outputs.hidden_states[i + 1] for i in self.model.extract_layers]
+        return [
+            EncodedImage(tuple(layer[i : i + 1] for layer in layers), image.shape[:2])
+            for i, image in enumerate(images)
+        ]
+
     def _embed(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Embeddings (S, projection) of the sentences, averaged over the templates."""
+        """Embeddings (S, projection) of the sentences, averaged over the templates.
+
+        Those of the last 64 lists of sentences are kept. A list is kept as a whole, since in other
+        company the last bits of an embedding differ.
+        """
+        key = tuple(sentences), tuple(templates)
+        if key not in self._embeddings:
+            self._embeddings[key] = self._compute_embeddings(sentences, templates)
+            if len(self._embeddings) > _KEPT_EMBEDDINGS:
+                self._embeddings.popitem(last=False)
+        self._embeddings.move_to_end(key)
+        return self._embeddings[key]
+
+    @torch.inference_mode()
+    def _compute_embeddings(self, sentences: Sequence[str], templates: Sequence[str]) -> Tensor:
         texts = [fill_template(template, s) for s in sentences for template in templates]
         tokenizer = self.processor.tokenizer
         limit = self.model.config.text_config.max_position_embeddings

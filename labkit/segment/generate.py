@@ -12,28 +12,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from labkit.runtime import InputError
+from labkit.runtime import InputError, as_one_line
 from labkit.segment.instances import (
+    Floats,
     Heat,
     Mask,
     check_shares,
     label_components,
+    measure_depth,
     scale_to_peak,
 )
 from labkit.segment.masks import (
     OVERLAP_THRESHOLD,
     Candidate,
+    Logits,
     is_duplicate,
     is_part,
     mask_nms,
+    measure_agreement,
     measure_stability,
     remove_small_regions,
     select_mask,
     upsample_mask,
 )
 from labkit.segment.prompts import (
+    Points,
     Prompt,
     find_competing_heat,
     make_box,
@@ -41,6 +46,8 @@ from labkit.segment.prompts import (
     make_prompts,
 )
 from labkit.segment.sam2 import ImageFeatures, Sam2
+
+Size = tuple[int, int]
 
 _ROUNDS = 3
 _BLUR = 0.56  # of a patch: the spread that takes the grain of the vision tower out of a map
@@ -60,6 +67,9 @@ _CONTAINS = 0.85  # share of the parts that the mask of the whole must cover
 _HOT = 0.5  # share of the peak that uncovered ground must reach
 _SLOPE = 0.25  # share of the peak down to which its slopes are kept
 _FRINGE = 0.02  # of the longer side: around a mask, so much heat is its own
+_FAR_ON, _FAR_OFF = 0.5, 0.25  # of the root of a mask's area: clicks so far from its outline
+_TOUCHES = 0.1  # share of what lies at a click: so much of it in the mask makes both one
+
 _MIN_AREA = 0.1  # of the largest mask's area: less is a fringe, not an object
 
 
@@ -191,8 +201,7 @@ def generate_masks(
     thresholds = thresholds or Thresholds()
     height, width = size = query.heat.shape
     scale = np.array([sam2.image_size / width, sam2.image_size / height])
-    low_res = sam2.low_res_size
-    blur = (query.blur * low_res / width, query.blur * low_res / height)
+    blur = scale_blur(query, sam2.low_res_size)
 
     def predict_whole(prompt: Prompt) -> list[PointMask]:
         (logits,), (ious,) = sam2.predict(features, [prompt.scale(*scale)])
@@ -229,6 +238,12 @@ def generate_masks(
         del predictions  # four masks a prompt, of which one is kept
         query = _update(query, prompts, candidates, sam2.low_res_size, thresholds)
     return replace(query, candidates=_keep_supported(query))
+
+
+def scale_blur(query: Query, low_res_size: int) -> tuple[float, float]:
+    """By how many pixels (x, y) the map of a query is smoothed, in SAM-2's low resolution."""
+    height, width = query.heat.shape
+    return query.blur * low_res_size / width, query.blur * low_res_size / height
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,6 +375,242 @@ def uncovered_heat(heat: Heat, masks: Sequence[Mask], floor: float = math.inf) -
     return np.where(np.isin(pieces, np.flatnonzero(hot_areas >= min_area)), heat, nothing)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Correction:
+    """What a user says about the mask of one object, in pixels of the image.
+
+    Attributes:
+        points: (K, 2) pixels (x, y).
+        labels: (K,) 1 for a point on the object, 0 for a point that is not.
+        box: (4,) XYXY around the object; None for none.
+    """
+
+    points: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    box: NDArray[np.float64] | None = None
+
+    @classmethod
+    def check(
+        cls, points: ArrayLike | None, labels: ArrayLike | None, box: ArrayLike | None, size: Size
+    ) -> Correction:
+        """Make a correction of what a user gave, for an image of `size` (H, W).
+
+        Raises:
+            InputError: there is neither point nor box, or one has the wrong form or lies outside of
+                the image.
+
+        Example:
+            >>> Correction.check([(3, 2)], None, None, (4, 6)).labels
+            array([1])
+        """
+        height, width = size
+        if points is None and box is None:
+            raise InputError("a correction needs points or a box, got neither")
+        clicks = _to_floats("points", [] if points is None else points, (-1, 2))
+        if not (np.all(clicks >= 0) and np.all(clicks < (width, height))):
+            raise InputError(
+                f"points must be pixels (x, y) of the image, {width} wide and {height} high, got "
+                f"{as_one_line(clicks.tolist())}"
+            )
+        kinds = np.ones(len(clicks)) if labels is None else _to_floats("labels", labels, (-1,))
+        if len(kinds) != len(clicks) or not np.isin(kinds, (0, 1)).all():
+            raise InputError(
+                f"labels must be 1 (object) or 0 (not) for each of {len(clicks)} points, got "
+                f"{as_one_line(kinds.tolist())}"
+            )
+        edges = None if box is None else _to_floats("box", box, (4,))
+        if edges is not None:
+            left, top, right, bottom = edges
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                raise InputError(
+                    f"box must be XYXY in the image, {width} wide and {height} high, got "
+                    f"{as_one_line(edges.tolist())}"
+                )
+        if not len(clicks) and edges is None:
+            raise InputError("a correction needs points or a box, got neither")
+        return cls(points=clicks, labels=kinds.astype(np.int64), box=edges)
+
+    def add(self, later: Correction) -> Correction:
+        """This correction and a later one, whose box, if it has one, takes the place of this."""
+        return Correction(
+            points=np.concatenate([self.points, later.points]),
+            labels=np.concatenate([self.labels, later.labels]),
+            box=self.box if later.box is None else later.box,
+        )
+
+
+def _to_floats(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Finite numbers in a shape."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+        if not array.size and shape[0] < 0:
+            array = array.reshape(0, *shape[1:])
+        if array.ndim != len(shape) or array.shape != array.reshape(shape).shape:
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        wanted = {"points": "pairs (x, y)", "labels": "a list of 0 and 1", "box": "four numbers"}
+        raise InputError(
+            f"{name} must be {wanted[name]}, got {as_one_line(repr(values))}"
+        ) from error
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} must be finite, got {as_one_line(array.tolist())}")
+    return array
+
+
+def refine_mask(
+    sam2: Sam2,
+    features: ImageFeatures,
+    candidate: Candidate,
+    correction: Correction,
+    size: Size,
+    *,
+    mask_threshold: float = 0.0,
+    blur: tuple[float, float] = (0.0, 0.0),
+) -> Candidate:
+    """Correct a mask by clicks and a box, without encoding the image again.
+
+    A click near the outline of the mask moves the outline: SAM-2 is asked with the logits of the
+    mask, and again with its box and a point of its own, and the mean of both counts if it does what
+    the clicks say. A click far from the outline means more, and SAM-2 is first asked what lies
+    there. If it is not the object, it is taken away. If it is, it is added, or the mask moves there
+    if the two do not touch and no other click holds the mask where it was. A box counts more than
+    the mask: nothing outside of it is left, and SAM-2 is asked without the logits first.
+
+    Args:
+        sam2: the model.
+        features: of the image, from `Sam2.encode`.
+        candidate: the mask.
+        correction: all that was said about it so far.
+        size: (H, W) of the image.
+        mask_threshold: logit above which a pixel belongs to a mask.
+        blur: see `labkit.segment.masks.measure_agreement`.
+
+    Returns:
+        A candidate with the new logits; its mask may be empty.
+    """
+    scale = np.array([sam2.image_size / size[1], sam2.image_size / size[0]])
+    shrink = sam2.low_res_size / sam2.image_size
+    clicks, labels = (correction.points + 0.5) * scale - 0.5, correction.labels
+    pixels = ((clicks + 0.5) * shrink).astype(np.int64).clip(0, sam2.low_res_size - 1)
+
+    def ask(points: Floats, kinds: Points, prompt: Logits | None = None) -> tuple[Logits, Logits]:
+        prompt = None if prompt is None else (prompt + mask_threshold).clip(-32, 32)
+        logits, ious = sam2.predict_clicks(features, points, kinds, prompt)
+        return logits - mask_threshold, ious
+
+    def ask_at(click: Floats) -> Logits:
+        logits, ious = ask(click[None], np.ones(1, np.int64))
+        best: Logits = logits[_find_most_trusted(logits, ious)]
+        return best
+
+    box = None if correction.box is None else correction.box.reshape(2, 2) * scale
+    start = candidate.logits if box is None else _clear_outside(candidate.logits, box * shrink)
+    base = _follow_far_clicks(start, pixels, labels, [*clicks], ask_at)
+    corners = _find_corners(base > 0) / shrink if box is None else box
+    boxed, kinds = np.concatenate([corners, clicks]), np.concatenate([[2, 3], labels])
+    if box is not None:
+        options = [ask(boxed, kinds), ask(boxed, kinds, base)]
+    elif base is not start:
+        known = np.array([candidate.predicted_iou], np.float32)
+        options = [ask(boxed, kinds, base), (base[None], known)]
+    else:
+        own = _find_own_point(candidate, sam2.image_size)
+        first = ask(clicks, labels, base)
+        second = ask(np.concatenate([boxed, own]), np.append(kinds, np.ones(len(own), int)))
+        mean = (first[0] + second[0]) / 2, (first[1] + second[1]) / 2
+        options = [mean, second, first]
+
+    def count_obeyed(logits: Logits) -> int:
+        return int(((logits[pixels[:, 1], pixels[:, 0]] > 0) == labels).sum())
+
+    logits, ious = max(options, key=lambda option: count_obeyed(option[0][0]))
+    cleaned = remove_small_regions(logits[0])
+    if count_obeyed(cleaned) < count_obeyed(logits[0]):
+        cleaned = logits[0]
+    agreement = candidate.agreement
+    if candidate.prompt is not None:
+        heat = (candidate.prompt.mask_logits + 10) / 20
+        agreement = measure_agreement(cleaned > 0, heat, blur)
+    return replace(
+        candidate,
+        logits=cleaned.astype(np.float32),
+        predicted_iou=float(np.clip(ious[0], 0, 1)),
+        stability=measure_stability(cleaned),
+        agreement=agreement,
+    )
+
+
+def _follow_far_clicks(
+    logits: Logits,
+    pixels: Points,
+    labels: Points,
+    clicks: Sequence[Floats],
+    ask_at: Callable[[Floats], Logits],
+) -> Logits:
+    """Logits (S, S) after the clicks that are far from the outline; the same array if none is.
+
+    Args:
+        logits: of the mask.
+        pixels: (K, 2) the clicks in pixels of the logits.
+        labels: (K,) 1 or 0.
+        clicks: the K clicks as `ask_at` takes them.
+        ask_at: gives the logits (S, S) of what lies at a click.
+    """
+    for pixel, label, click in zip(pixels, labels, clicks, strict=True):
+        mask = logits > 0
+        x, y = pixel
+        is_on_object = label == 1
+        side: Mask = mask if mask[y, x] else ~mask
+        share = float(measure_depth(side)[y, x]) / max(math.sqrt(mask.sum()), 1)
+        if mask[y, x] == is_on_object or share < (_FAR_ON if is_on_object else _FAR_OFF):
+            continue
+        there = ask_at(click)
+        if is_on_object:
+            others = pixels[(labels == 1) & (pixels != pixel).any(axis=1)]
+            is_held = bool(mask[others[:, 1], others[:, 0]].any())
+            touches = int((mask & (there > 0)).sum()) > _TOUCHES * int((there > 0).sum())
+            logits = np.maximum(logits, there) if touches or is_held else there
+        elif ((logits > 0) & (there <= 0)).any():
+            logits = np.minimum(logits, -there)
+    return logits
+
+
+def _find_most_trusted(logits: Logits, ious: Logits) -> int:
+    """Which of M masks (M, S, S) has the highest predicted IoU × stability."""
+    trust = [float(iou) * measure_stability(mask) for iou, mask in zip(ious, logits, strict=True)]
+    return int(np.argmax(trust))
+
+
+def _clear_outside(logits: Logits, box: Floats) -> Logits:
+    """Logits (S, S) of a mask without what lies outside of a box, its corners (2, 2) in pixels."""
+    (left, top), (right, bottom) = np.rint(box).astype(int)
+    cleared = -np.abs(logits)
+    cleared[top:bottom, left:right] = logits[top:bottom, left:right]
+    return cleared
+
+
+def _find_corners(mask: Mask) -> Floats:
+    """The corners (2, 2) of the box around a mask; of an empty one, those of everything."""
+    if not mask.any():
+        return np.array([[0, 0], mask.shape[::-1]], dtype=np.float64)
+    return make_box(mask).reshape(2, 2)
+
+
+def _find_own_point(candidate: Candidate, image_size: int) -> Floats:
+    """The first foreground point of a prompt (1, 2), in pixels of SAM-2's square.
+
+    There is none, (0, 2), where the prompt is not known or the mask has left the point.
+    """
+    prompt = candidate.prompt
+    if prompt is None or not (prompt.labels == 1).any():
+        return np.zeros((0, 2))
+    height, width = prompt.region.shape
+    own = prompt.scale(image_size / width, image_size / height).points[:1]
+    low_res = candidate.logits.shape[0]
+    x, y = ((own[0] + 0.5) * low_res / image_size).astype(np.int64).clip(0, low_res - 1)
+    return own if candidate.logits[y, x] > 0 else own[:0]
+
+
 def _count_points(prompt: Prompt) -> int:
     """How many foreground points are worth trying alone: none if there is only one."""
     count = int((prompt.labels == 1).sum())
@@ -375,9 +626,9 @@ def _select_point_mask(
     point: NDArray[np.float64], logits: NDArray[np.float32], ious: Heat, size: tuple[int, int]
 ) -> PointMask:
     """The most trusted of the four masks (4, S, S) of a point, at the size (h, w) of the map."""
-    trust = [float(iou) * measure_stability(mask) for iou, mask in zip(ious, logits, strict=True)]
-    best = int(np.argmax(trust))
-    return PointMask(point, upsample_mask(remove_small_regions(logits[best]), size), trust[best])
+    best = _find_most_trusted(logits, ious)
+    trust = float(ious[best]) * measure_stability(logits[best])
+    return PointMask(point, upsample_mask(remove_small_regions(logits[best]), size), trust)
 
 
 def _keep_distinct(

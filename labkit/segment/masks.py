@@ -1,4 +1,4 @@
-"""Masks: choose the best of SAM-2's, clean it, suppress duplicates, upsample it, encode it.
+"""Masks: choose the best of SAM-2's, clean it, suppress duplicates, upsample it, encode, trace it.
 
 Masks are bool, (S, S) in SAM-2's low resolution, of the whole image squashed to a square, or (H, W)
 in that of the image. Logits (S, S) are positive inside a mask.
@@ -9,8 +9,9 @@ pycocotools implements it (run lengths).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any, TypedDict
 
 import numpy as np
@@ -23,6 +24,7 @@ from labkit.segment.instances import Mask, label_components
 from labkit.segment.prompts import Prompt
 
 Logits = NDArray[np.float32]
+Ring = NDArray[np.int64]
 
 OVERLAP_THRESHOLD = 0.7
 """IoU from which two masks are masks of one object."""
@@ -45,12 +47,14 @@ class Candidate:
         predicted_iou: SAM-2's own estimate of the mask's IoU, in [0, 1].
         stability: how little the mask depends on its threshold, in [0, 1].
         agreement: soft IoU of the mask with the heat of its instance, in [0, 1].
+        prompt: what SAM-2 was told; None where that is not known.
     """
 
     logits: Logits
     predicted_iou: float
     stability: float
     agreement: float
+    prompt: Prompt | None = None
 
     @property
     def score(self) -> float:
@@ -83,6 +87,7 @@ def select_mask(
             predicted_iou=float(np.clip(iou, 0, 1)),
             stability=measure_stability(mask),
             agreement=measure_agreement(mask > 0, heat, blur),
+            prompt=prompt,
         )
         for mask, iou in zip(logits, ious, strict=True)
     ]
@@ -229,3 +234,120 @@ def measure_area(rle: Rle) -> int:
 
 def _to_bytes(rle: Rle) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].encode()}
+
+
+def trace_mask(mask: Mask) -> list[list[Ring]]:
+    """Trace the outlines of a mask along the edges of its pixels, so that nothing is lost.
+
+    Args:
+        mask: (H, W).
+
+    Returns:
+        The pieces of the mask, whose pixels hang together by their sides, each as its rings: the
+        outer one, then one for each hole. A ring is (K, 2) int corners (x, y), the first of which
+        is not repeated; pixel (x, y) covers [x, x + 1) by [y, y + 1). On the screen outer rings run
+        clockwise and holes the other way. No ring touches itself.
+
+    Example:
+        >>> [[ring]] = trace_mask(np.ones((2, 3), dtype=bool))
+        >>> ring.tolist()
+        [[0, 0], [3, 0], [3, 2], [0, 2]]
+    """
+    from scipy import ndimage
+
+    labels, _ = label_components(mask, connectivity=4)
+    pieces = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        rings = _trace_piece(labels[rows, columns] == number)
+        pieces.append([np.add(ring, (columns.start, rows.start)) for ring in rings])
+    return pieces
+
+
+def _trace_piece(piece: Mask) -> list[Ring]:
+    """The rings of a mask in one piece, the outer one first.
+
+    On each line of the grid the corners of the outline are by turns the start and the end of an
+    edge, so that sorting pairs them. Where two pixels of the mask touch at a corner only, there are
+    two corners, each of which turns around one of these pixels.
+    """
+    padded = np.pad(piece, 1)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    falling, rising = nw & se & ~ne & ~sw, ne & sw & ~nw & ~se
+    y, x = np.nonzero((nw ^ ne ^ sw ^ se) | falling | rising)
+    is_double = (falling | rising)[y, x]
+    is_second = np.repeat([False, True], [len(x), int(is_double.sum())])
+    x, y = np.concatenate([x, x[is_double]]), np.concatenate([y, y[is_double]])
+    is_upper = is_second ^ rising[y, x]
+    across, along = np.empty_like(x), np.empty_like(x)  # the corner at the other end of the edge
+    for partner, order in (
+        (across, np.lexsort((is_second, x, y))),
+        (along, np.lexsort((is_upper, y, x))),
+    ):
+        partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
+    rings = [np.array(ring, dtype=np.int64) for ring in _walk(x, y, across, along)]
+    areas = [_measure_ring(ring) for ring in rings]
+    outer = int(np.argmax(np.abs(areas)))
+    turned = [
+        ring if (area > 0) == (index == outer) else ring[::-1]
+        for index, (ring, area) in enumerate(zip(rings, areas, strict=True))
+    ]
+    return [turned[outer], *turned[:outer], *turned[outer + 1 :]]
+
+
+def _walk(x: Ring, y: Ring, across: Ring, along: Ring) -> Iterator[list[tuple[int, int]]]:
+    """Follow edges from corner to corner, (N,) each, and cut off a ring wherever one closes."""
+    points = list(zip(x.tolist(), y.tolist(), strict=True))
+    is_unseen = np.ones(len(points), dtype=bool)
+    for first in range(len(points)):
+        if not is_unseen[first]:
+            continue
+        path: list[tuple[int, int]] = []
+        places: dict[tuple[int, int], int] = {}
+        corner = first
+        for partner in cycle((across, along)):
+            is_unseen[corner] = False
+            point = points[corner]
+            if point in places:
+                start = places[point]
+                yield path[start:]
+                for passed in path[start:]:
+                    del places[passed]
+                del path[start:]
+            places[point] = len(path)
+            path.append(point)
+            corner = int(partner[corner])
+            if corner == first:
+                break
+        yield path
+
+
+def _measure_ring(ring: Ring) -> int:
+    """Twice the area inside a ring, positive if it runs clockwise on the screen."""
+    x, y = ring.T
+    return int((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())
+
+
+def join_rings(rings: Sequence[Ring]) -> Ring:
+    """Join rings into one, for formats in which a shape has a single ring.
+
+    From ring to ring leads a bridge along the edges of pixels, there and back, so that it encloses
+    nothing: filled by the even-odd rule, or by winding numbers, the ring gives the same mask.
+
+    Args:
+        rings: one or more of `trace_mask`, of one piece or of several.
+
+    Returns:
+        (K, 2) int corners (x, y).
+    """
+    from scipy.spatial import cKDTree
+
+    joined = rings[0]
+    for ring in rings[1:]:
+        distances, nearest = cKDTree(joined).query(ring, p=1)
+        there = int(np.argmin(distances))
+        here = int(nearest[there])
+        start, end = joined[here], ring[there]
+        corner = [end[0], start[1]]
+        detour = [[corner], np.roll(ring, -there, axis=0), [end, corner]]
+        joined = np.concatenate([joined[: here + 1], *detour, joined[here:]])
+    return joined

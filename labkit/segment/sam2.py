@@ -35,6 +35,7 @@ from labkit.segment.prompts import Prompt
 Logits = NDArray[np.float32]
 
 _PROMPTS_AT_ONCE = 16
+_PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**22}  # of images that are encoded together
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -99,21 +100,46 @@ class Sam2:
         Raises:
             OutOfMemoryError: the device has no room for it.
         """
-        try:
-            with torch.inference_mode(), self.precision.autocast(self.device):
-                *high_res, embedding = self.model.forward_image(self._preprocess(image))[
-                    "backbone_fpn"
-                ]
-                if self.model.directly_add_no_mem_embed:
-                    embedding = embedding + self.model.no_mem_embed.view(1, -1, 1, 1)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"no memory left to encode the image on {self.device}. "
-                "Use a smaller SAM-2 checkpoint, or device='cpu'."
-            ) from error
-        return ImageFeatures(embedding, tuple(high_res))
+        return self.encode_batch([image])[0]
+
+    def encode_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[ImageFeatures]:
+        """Encode images (H, W, 3) uint8 RGB of any sizes together, which is faster for many.
+
+        Raises:
+            OutOfMemoryError: the device has no room for a single one.
+        """
+        pixels = _PIXELS_AT_ONCE.get(self.device.type, 2**20)
+        size = max(1, pixels // self.image_size**2)
+        features: list[ImageFeatures] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            try:
+                features += self._encode(part)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise OutOfMemoryError(
+                        f"no memory left to encode the image on {self.device}. "
+                        "Use a smaller SAM-2 checkpoint, or device='cpu'."
+                    ) from error
+            features += [each for image in part for each in self.encode_batch([image])]
+        return features
+
+    def _encode(self, images: Sequence[NDArray[np.uint8]]) -> list[ImageFeatures]:
+        """Encode images at once; the features of each are a part of those of all."""
+        with torch.inference_mode(), self.precision.autocast(self.device):
+            pixels = torch.cat([self._preprocess(image) for image in images])
+            *high_res, embedding = self.model.forward_image(pixels)["backbone_fpn"]
+            if self.model.directly_add_no_mem_embed:
+                embedding = embedding + self.model.no_mem_embed.view(1, -1, 1, 1)
+        return [
+            ImageFeatures(
+                embedding[i : i + 1].clone(), tuple(each[i : i + 1].clone() for each in high_res)
+            )
+            for i in range(len(images))
+        ]
 
     def _preprocess(self, image: NDArray[np.uint8]) -> Tensor:
         """The image (1, 3, image_size, image_size), squashed and normalised as in training."""
@@ -167,6 +193,35 @@ class Sam2:
         parts = run_in_parts(decode, len(points), size=_PROMPTS_AT_ONCE, what="points")
         logits, ious = map(np.concatenate, zip(*parts, strict=True))
         return logits, ious
+
+    def predict_clicks(
+        self,
+        features: ImageFeatures,
+        points: NDArray[np.float64],
+        labels: NDArray[np.int64],
+        mask_logits: Logits | None = None,
+    ) -> tuple[Logits, Logits]:
+        """Predict the four masks for one object that K clicks (K, 2) mean together.
+
+        Args:
+            features: from `encode`.
+            points: pixels (x, y) of SAM-2's square.
+            labels: (K,) 1 for the object, 0 for ground, 2 and 3 for the upper left and lower right
+                corner of a box around it.
+            mask_logits: (S, S), what the mask was before; None for nothing.
+
+        Returns:
+            Logits (4, S, S) and predicted IoUs (4,).
+        """
+        masks = None if mask_logits is None else torch.from_numpy(mask_logits)[None, None]
+        logits, ious = self._decode(
+            features,
+            torch.from_numpy(points).float()[None],
+            torch.from_numpy(labels).int()[None],
+            masks,
+            slice(0, 1),
+        )
+        return logits[0], ious[0]
 
     def _decode(
         self,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -21,6 +22,7 @@ from labkit.segment.clipseg import (
     fill_template,
     fit_size,
     normalize_sentence,
+    shorten_sentence,
     vary_sentence,
 )
 from tests.segment.conftest import CPU, IMAGE_SIZE, CallsOf, noise
@@ -423,6 +425,59 @@ def test_what_has_one_form_does_not_vary(sentence: str) -> None:
 )
 def test_a_phrase_varies_in_its_head_noun(sentence: str, form: str) -> None:
     assert vary_sentence(sentence) == [form]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "forms"),
+    [
+        ("red ball", ["ball"]),
+        ("Football player.", ["player"]),
+        ("three small dogs", ["small dogs", "dogs"]),
+        ("dog on a sofa", ["dog"]),
+        ("a man", ["man"]),
+        ("old small wooden house", ["small wooden house", "wooden house", "house"]),
+        ("dog", []),
+        ("", []),
+        ("three", []),
+    ],
+)
+def test_shorter_forms_keep_the_head_noun(sentence: str, forms: list[str]) -> None:
+    assert shorten_sentence(sentence) == forms
+
+
+def test_embeddings_are_computed_once_for_a_list_of_sentences(
+    clipseg: ClipSeg, calls_of: CallsOf
+) -> None:
+    tower = calls_of(clipseg.model.clip.text_model)
+    image = noise(20, 30)
+    first = clipseg.predict_heat(image, ["once", "twice"])
+    assert np.array_equal(clipseg.predict_heat(image, ["once", "twice"]), first)
+    assert len(tower) == 1
+    for number in range(70):
+        clipseg.predict_heat(image, [f"x{number}"])
+    assert len(clipseg._embeddings) == 64
+    assert np.array_equal(clipseg.predict_heat(image, ["once", "twice"]), first)
+
+
+def test_layers_that_nothing_reads_are_not_computed(tiny_profile: Profile) -> None:
+    """The tiny model reads all its layers, so two are added behind them."""
+    whole = ClipSeg.from_checkpoint(tiny_profile.clipseg, CPU)
+    model = copy.deepcopy(whole.model)
+    layers = model.clip.vision_model.encoder.layers
+    layers.extend([copy.deepcopy(layers[0]), copy.deepcopy(layers[0])])
+    assert len(layers) == 6
+    longer = ClipSeg(model, whole.processor, CPU, whole.precision)
+    assert len(model.clip.vision_model.encoder.layers) == 4
+    image = noise(20, 30)
+    assert np.array_equal(longer.predict_heat(image, ["a"]), whole.predict_heat(image, ["a"]))
+
+
+def test_images_that_are_encoded_together_have_the_maps_of_each_alone(clipseg: ClipSeg) -> None:
+    images = [noise(20, 30), noise(50, 10, seed=1), noise(7, 7, seed=2)]
+    for image, encoded in zip(images, clipseg.encode_batch(images), strict=True):
+        alone = clipseg.predict_heat(image, ["a", "b"])
+        assert np.abs(clipseg.predict_heat(encoded, ["a", "b"]) - alone).max() <= 1e-5
+    assert clipseg.encode_batch([]) == []
 
 
 def test_an_encoded_image_gives_the_same_maps(clipseg: ClipSeg) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -252,3 +253,62 @@ def test_layout_in_memory_does_not_matter(order: str) -> None:
 def test_only_a_boolean_mask_of_two_axes_is_encoded(mask: NDArray[np.bool_]) -> None:
     with pytest.raises(InputError, match=r"mask must be bool \(H, W\)"):
         masks.encode_mask(mask)
+
+
+def make_masks() -> list[NDArray[np.bool_]]:
+    """Noise and blobs of many sizes, among them one pixel, nothing and everything."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    made = [np.ones((1, 1), bool), np.zeros((3, 4), bool), np.ones((5, 7), bool)]
+    for number in range(60):
+        field = rng.random(rng.integers(1, 40, 2))
+        field = ndimage.gaussian_filter(field, 2) if number % 2 else field
+        made.append(field > np.quantile(field, rng.uniform(0.1, 0.9)))
+    return made
+
+
+def decode_polygons(polygons: list[list[float]], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """What pycocotools makes of polygons."""
+    if not polygons:
+        return np.zeros(shape, bool)
+    rles = coco.frPyObjects(polygons, *shape)
+    filled: NDArray[np.bool_] = coco.decode(coco.merge(rles)).astype(bool)
+    return filled
+
+
+def test_outlines_give_the_mask_back_to_the_pixel() -> None:
+    for mask in make_masks():
+        pieces = masks.trace_mask(mask)
+        apart = [masks.join_rings(piece).astype(float).ravel().tolist() for piece in pieces]
+        assert np.array_equal(decode_polygons(apart, mask.shape), mask)
+        if pieces:
+            ring = masks.join_rings([ring for piece in pieces for ring in piece])
+            together = decode_polygons([ring.astype(float).ravel().tolist()], mask.shape)
+            assert np.array_equal(together, mask)
+
+
+def test_each_piece_has_an_outer_ring_and_its_holes_and_no_ring_touches_itself() -> None:
+    from scipy import ndimage
+
+    for mask in make_masks():
+        pieces = masks.trace_mask(mask)
+        assert len(pieces) == ndimage.label(mask)[1]
+        for outer, *holes in pieces:
+            areas = [
+                cv2.contourArea(ring.astype(np.float32), oriented=True) for ring in (outer, *holes)
+            ]
+            assert areas[0] > 0 and all(area < 0 for area in areas[1:])
+            for ring in (outer, *holes):
+                assert len({tuple(point) for point in ring.tolist()}) == len(ring) >= 4
+                steps = np.abs(np.roll(ring, -1, axis=0) - ring)
+                assert (np.sort(steps, axis=1)[:, 0] == 0).all()  # along the edges of pixels
+
+
+def test_a_ring_around_a_hole_has_two_outlines() -> None:
+    mask = np.zeros((20, 20), bool)
+    mask[2:18, 3:17] = True
+    mask[8:10, 8:12] = False
+    [[outer, hole]] = masks.trace_mask(mask)
+    assert sorted(outer.tolist()) == [[3, 2], [3, 18], [17, 2], [17, 18]]
+    assert sorted(hole.tolist()) == [[8, 8], [8, 10], [12, 8], [12, 10]]

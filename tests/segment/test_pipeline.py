@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from labkit.object_scenes import SCENE_SENTENCES
+from labkit.object_scenes import CALIBRATION_SEED, SCENE_SENTENCES, make_object_scene
 from labkit.runtime import InputError
 from labkit.segment.checkpoints import PresenceModel, Profile
 from labkit.segment.clipseg import normalize_sentence
@@ -391,6 +391,17 @@ def test_nothing_is_suggested_that_is_no_help(
     assert not result.present and result.suggestions == {} and result.objects == ()
 
 
+def test_shorter_forms_of_an_absent_sentence_are_suggested_and_never_used() -> None:
+    ask = segmenter(ball=discs((10, 10)), **{"red ball": discs((10, 10), heat=0.013)})
+    found = ask(noise(48, 48), ["large red ball on grass"])
+    (result,) = found.sentences
+    assert list(result.suggestions) == ["ball"] and result.suggestions["ball"] > MODEL.threshold
+    assert not result.present and result.objects == () and ask.sam2.prompts == []
+    assert ask.clipseg.sentences[1:] == [
+        *("large red balls on grass", "large red ball", "red ball", "ball")
+    ]
+
+
 def test_a_form_is_held_against_the_masks_that_did_not_agree() -> None:
     cat = discs((14, 24), heat=0.6)
     model = replace(MODEL, agreement=6.0, constant=-4.0)
@@ -584,3 +595,80 @@ def test_tables_have_a_row_for_each_sentence_and_object(found: Segmentation) -> 
         ["dog", "yes"],
     ]
     assert len(tables["Objects"].rows) == 3
+
+
+def list_masks(found: Segmentation) -> list[Any]:
+    return [(o.sentence, o.rle, o.box, o.presence, o.predicted_iou, o.agreement) for o in found]
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    from PIL import Image
+
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.fromarray(make_object_scene(number, seed=CALIBRATION_SEED).image).save(path)
+    return paths
+
+
+def test_a_stream_gives_what_single_calls_give(tmp_path: Path) -> None:
+    demo = TextSegmenter.from_profile("demo", device="cpu")
+    paths = write_images(tmp_path, 5)
+    arguments = (["star", "red circle", "zebra"], ["square"])
+    alone = [demo(path, *arguments, box_threshold=0.4) for path in paths]
+    assert sum(map(len, alone)) >= 3
+    for batch_size in (1, 2, 8):
+        stream = demo.stream(paths, *arguments, batch_size=batch_size, box_threshold=0.4)
+        for found, expected in zip(stream, alone, strict=True):
+            assert found.file_name == expected.file_name and found.settings == expected.settings
+            assert list_masks(found) == list_masks(expected)
+            for result, other in zip(found.sentences, expected.sentences, strict=True):
+                assert (result.presence, result.reason) == (other.presence, other.reason)
+                assert result.suggestions == other.suggestions
+
+
+def test_a_stream_encodes_batches_and_reads_only_a_little_ahead(
+    tiny: TextSegmenter, calls_of: CallsOf
+) -> None:
+    taken: list[int] = []
+
+    def list_images() -> Any:
+        for number in range(20):
+            taken.append(number)
+            yield noise(20, 20, number)
+
+    tower = calls_of(tiny.clipseg.model.clip.vision_model)
+    stream = tiny.stream(list_images(), ["cat"], batch_size=4)
+    assert taken == []
+    next(stream)
+    assert len(taken) <= 3 * 4 + 1 and len(tower) == 1
+    assert len(list(stream)) == 19 and len(tower) == 5
+    assert len(tiny._correctors) <= 4
+
+
+def test_a_stream_leaves_out_what_fails_in_its_turn(tiny: TextSegmenter, tmp_path: Path) -> None:
+    good = write_images(tmp_path, 3)
+    sources = [good[0], tmp_path / "gone.png", good[1], good[2]]
+    told: list[Any] = []
+    for found in tiny.stream(sources, ["a"], on_error=lambda *each: told.append(each)):
+        told.append(found.file_name)
+    assert [each if isinstance(each, str) else each[0] for each in told] == [
+        "0.png",
+        tmp_path / "gone.png",
+        "1.png",
+        "2.png",
+    ]
+    assert "gone.png does not exist" in str(told[1][1])
+    stream = tiny.stream(sources, ["a"])
+    assert next(stream).file_name == "0.png"
+    with pytest.raises(InputError, match=r"gone\.png does not exist"):
+        next(stream)
+
+
+def test_a_stream_refuses_bad_arguments_before_its_first_image(tiny: TextSegmenter) -> None:
+    with pytest.raises(InputError, match="batch_size must be 1 or more, got 0"):
+        tiny.stream([], ["a"], batch_size=0)
+    with pytest.raises(InputError, match="empty"):
+        tiny.stream([], [" "])
+    with pytest.raises(InputError, match="box_threshold"):
+        tiny.stream([], ["a"], box_threshold=2)
+    assert list(tiny.stream([], ["a"])) == []

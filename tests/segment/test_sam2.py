@@ -171,6 +171,21 @@ def test_image_is_encoded_once_for_many_prompts(
     assert (len(encoder), len(transformer)) == (1, 3)
 
 
+def test_images_that_are_encoded_together_have_the_features_of_each_alone(
+    sam2: Sam2, calls_of: CallsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sam2_module, "_PIXELS_AT_ONCE", {"cpu": 2 * sam2.image_size**2})
+    encoder = calls_of(sam2.model.image_encoder)
+    images = [noise(30, 40), noise(9, 60, seed=1), noise(50, 50, seed=2)]
+    together = sam2.encode_batch(images)
+    assert len(encoder) == 2 and sam2.encode_batch([]) == []
+    for image, features in zip(images, together, strict=True):
+        alone = sam2.encode(image)
+        assert (features.embedding - alone.embedding).abs().max() <= 1e-5
+        for finer, expected in zip(features.high_res, alone.high_res, strict=True):
+            assert finer.shape == expected.shape and (finer - expected).abs().max() <= 1e-5
+
+
 def test_no_prompts_and_no_points_give_no_masks(sam2: Sam2) -> None:
     features = sam2.encode(noise(9, 9))
     for logits, ious in (
