@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -31,12 +30,13 @@ from labkit.files import (
     lock_file,
     mirror_folder,
     open_atomic,
+    remove_leftovers,
     sync_folder,
     write_json,
     write_json_lines,
     write_text,
 )
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, as_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ STATE, CHECKSUM = "state.pt", "checksum.txt"
 KEPT_GENERATIONS = 2
 
 
-_GENERATION = re.compile(r"step-(\d+)")
+_GENERATION = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def _is_whole(generation: Path) -> bool:
@@ -55,6 +55,13 @@ def _is_whole(generation: Path) -> bool:
         return compute_checksum(generation / STATE) == (generation / CHECKSUM).read_text()
     except (OSError, ValueError):
         return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if that can be."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 class RunFolder:
@@ -90,7 +97,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder inside the block.
+        """Keep other runs out of the folder inside the block, and clean up after killed ones.
 
         Raises:
             InputError: another process trains in this folder.
@@ -99,6 +106,9 @@ class RunFolder:
             yield
             return
         with lock_file(self.folder.resolve(), wait=False):
+            remove_leftovers(self.folder)
+            for partial in self.folder.glob(f"{CHECKPOINTS}/.partial-*"):
+                _remove(partial)
             yield
 
     def generations(self) -> list[Path]:
@@ -182,11 +192,20 @@ class RunFolder:
         """
         if not self._writes or self.folder is None:
             return
-        folder = self.folder / CHECKPOINTS
-        final, partial = folder / f"step-{step}", folder / f".partial-{secrets.token_hex(8)}"
+        final = self.folder / CHECKPOINTS / f"step-{step}"
         moment = (state.get("epoch"), state.get("step"))
-        if None not in moment and moment == self._saved_moment and _is_whole(final):
-            return
+        is_saved = None not in moment and moment == self._saved_moment and _is_whole(final)
+        if not is_saved:
+            self._write_generation(final, state)
+            self._saved_moment = moment
+        for old in [*self.generations()[KEPT_GENERATIONS:], *self._replaced()]:
+            _remove(old)
+        self.update_mirror()
+
+    def _write_generation(self, final: Path, state: dict[str, Any]) -> None:
+        """Write `state` into the folder `final`, which appears only when it is whole."""
+        folder = final.parent
+        partial = folder / f".partial-{secrets.token_hex(8)}"
         identity = {"config": self._config.to_json(), "fingerprint": self._fingerprint}
         try:
             with open_atomic(partial / STATE) as file:
@@ -202,12 +221,7 @@ class RunFolder:
                 "choose another folder, then resume: the checkpoints before this one are intact."
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._saved_moment = moment
-        leftovers = [*folder.glob(".partial-*"), *self._replaced()]
-        for old in [*self.generations()[KEPT_GENERATIONS:], *leftovers]:
-            shutil.rmtree(old, ignore_errors=True)
-        self.update_mirror()
+            _remove(partial)
 
     def _replaced(self) -> list[Path]:
         """Generations that were moved aside by a process that was then killed."""
@@ -246,16 +260,18 @@ class RunFolder:
                 if not _is_whole(generation):
                     raise ValueError(f"{STATE} does not match its checksum")
                 saved = torch.load(generation / STATE, map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-                logger.warning("checkpoint %s is damaged (%s): passed over", generation, error)
+                state: dict[str, Any] = dict(saved["state"])
+                plain, fingerprint = dict(saved["config"]), str(saved["fingerprint"])
+            except Exception as error:  # what torch and its unpickler raise has no common base
+                reason = as_one_line(error)
+                logger.warning("checkpoint %s is damaged (%s): passed over", generation, reason)
                 continue
-            state: dict[str, Any] = saved["state"]
-            config = TrainConfig.from_json(saved["config"])
+            config = TrainConfig.from_json(plain)
             if state.get("epoch") == config.epochs < self._config.epochs:
                 if self._writes:
                     self._announce_extension(config.epochs)
                 config = dataclasses.replace(config, epochs=self._config.epochs)
-            self._check_identity(config, saved["fingerprint"])
+            self._check_identity(config, fingerprint)
             if _GENERATION.fullmatch(generation.name):
                 self._saved_moment = (state.get("epoch"), state.get("step"))
             return state

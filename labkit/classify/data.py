@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from labkit.classify.sources import SPLITS, Batch, Source, find_source
-from labkit.files import compute_checksum, get_cache_dir, lock_file, open_atomic, write_json
+from labkit.files import (
+    compute_checksum,
+    get_cache_dir,
+    lock_file,
+    open_atomic,
+    parse_json,
+    write_json,
+)
 from labkit.images import (
     check_above_8_bits,
     is_32_bit,
@@ -260,7 +266,7 @@ def _load_cache(folder: Path) -> list[Split] | None:
     if not manifest.exists():
         return None
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = parse_json(manifest.read_bytes())
         for name, digest in content["sha256"].items():
             if compute_checksum(folder / name) != digest:
                 raise ValueError(f"{name} has changed")

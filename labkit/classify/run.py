@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from labkit.files import (
     compute_checksum,
     describe_unreadable,
     open_atomic,
+    parse_json,
     write_json,
     write_json_lines,
 )
@@ -481,7 +481,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         SourceError: it cannot be read.
     """
     return _read(
-        folder / HISTORY, lambda text: [dict(json.loads(line)) for line in text.splitlines()]
+        folder / HISTORY, lambda text: [dict(parse_json(line)) for line in text.splitlines()]
     )
 
 
@@ -604,8 +604,8 @@ def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
             f"{folder} holds no finished run ({', '.join(missing)} missing); "
             "train one with: labkit train --out FOLDER"
         )
-    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
-    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(parse_json(text)))
+    saved = _read(folder / METRICS, lambda text: dict(parse_json(text)))
     return config, saved
 
 
