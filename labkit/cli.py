@@ -260,6 +260,10 @@ def segment(
     assume_present: Annotated[
         bool, typer.Option("--assume-present", help="Do not ask whether it is there at all.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out images that OUT already has for these sentences."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Segment in images what sentences name, or say that it is not there.
@@ -269,7 +273,7 @@ def segment(
     """
     from labkit.images import describe
     from labkit.runtime import LabkitError
-    from labkit.segment.export import make_folder_name
+    from labkit.segment.export import get_file_name, make_folder_name
     from labkit.segment.pipeline import check_sentences
 
     check_sentences(prompt, not_ or ())
@@ -283,11 +287,14 @@ def segment(
 
     failed = 0
     for number, source in enumerate(sources, 1):
+        inner = "" if len(sources) == 1 else make_folder_name(number, get_file_name(source))
+        folder = out / inner
+        if resume and _is_segmented(folder, prompt):
+            continue
         name, found = describe(source), _attempt(find, source, sources)
         if found is None:
             failed += 1
             continue
-        folder = out if len(sources) == 1 else out / make_folder_name(number, found.file_name)
         found.save(folder)
         note = f"  [{found.note}]" if found.note else ""
         for result in found.sentences:
@@ -299,6 +306,21 @@ def segment(
         print(f"{name}  {folder / 'report.html'}")
     if failed:
         raise LabkitError(f"{failed} of {len(sources)} images failed; see above for why")
+
+
+def _is_segmented(folder: Path, prompts: list[str]) -> bool:
+    """Whether a folder has all that `segment` writes for these sentences, the report last."""
+    from labkit.files import parse_json
+    from labkit.segment.clipseg import normalize_sentence
+
+    if not os.path.exists(folder / "report.html"):
+        return False
+    try:
+        rows = parse_json((folder / "masks.json").read_bytes())["sentences"]
+        asked = [normalize_sentence(row["sentence"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return asked == list(dict.fromkeys(map(normalize_sentence, prompts)))
 
 
 def _attempt(work: Callable[[str], T], source: str, sources: list[str]) -> T | None:

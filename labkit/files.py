@@ -584,7 +584,7 @@ def download_from_hub(
             # Without a network this fails at once, where hf_hub_download would try for 23 seconds.
             with contextlib.suppress(HfHubHTTPError):  # the hub answered: worth another try
                 get_hf_file_metadata(hf_hub_url(repo, filename, **source))
-        path = Path(hf_hub_download(repo, filename, **source))
+        path = Path(hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
     except Exception as error:  # its own, httpx's, hf_xet's and the system's have no common base
         raise SourceError(
             f"could not download {filename} of {repo}: {find_root_cause(error)}"

@@ -107,8 +107,9 @@ class RunFolder:
             return
         with lock_file(self.folder.resolve(), wait=False):
             remove_leftovers(self.folder)
-            for partial in self.folder.glob(f"{CHECKPOINTS}/.partial-*"):
-                _remove(partial)
+            for name in self._list_checkpoints():
+                if name.startswith(".partial-"):
+                    _remove(self.folder / CHECKPOINTS / name)
             yield
 
     def generations(self) -> list[Path]:
@@ -117,17 +118,21 @@ class RunFolder:
         Raises:
             SourceError: the folder of the checkpoints cannot be read.
         """
+        matches = map(_GENERATION.fullmatch, self._list_checkpoints())
+        steps = sorted((int(match[1]) for match in matches if match), reverse=True)
+        return [Path(self.folder or "", CHECKPOINTS, f"step-{step}") for step in steps]
+
+    def _list_checkpoints(self) -> list[str]:
+        """Names of all that is in the folder of the checkpoints, hidden ones too."""
         if self.folder is None:
             return []
         folder = self.folder / CHECKPOINTS
         try:
-            names = os.listdir(folder)
+            return os.listdir(folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise describe_unreadable(folder, error) from error
-        steps = [int(match[1]) for match in map(_GENERATION.fullmatch, names) if match]
-        return [folder / f"step-{step}" for step in sorted(steps, reverse=True)]
 
     def restore_from_mirror(self) -> None:
         """Copy the run from its mirror, where only the mirror has it."""
@@ -225,7 +230,8 @@ class RunFolder:
 
     def _replaced(self) -> list[Path]:
         """Generations that were moved aside by a process that was then killed."""
-        return [] if self.folder is None else sorted(self.folder.glob(f"{CHECKPOINTS}/.replaced-*"))
+        names = [name for name in self._list_checkpoints() if name.startswith(".replaced-")]
+        return [Path(self.folder or "", CHECKPOINTS, name) for name in sorted(names)]
 
     def load_state(self, *, resume: bool = True) -> dict[str, Any] | None:
         """The state in the newest whole generation of this very run; None where there is none.

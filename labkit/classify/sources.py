@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import pickle  # nosec B403: read by _ArrayUnpickler alone, which builds nothing but arrays
 import re
 import tarfile
 import warnings
