@@ -40,6 +40,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads may have to share a core
+
 import numpy as np
 import torch
 from PIL import Image
@@ -1314,7 +1317,7 @@ def train_twice(tally: Tally) -> None:
 
         for kind in KINDS if not tally.quick else ["ViT, EMA"]:
             weights = []
-            for number in range(tally.choose(5, 2)):
+            for number in range(tally.choose(4, 2)):
                 folder = tally.work / f"{kind} {threads} {number}"
                 status, _ = run_apart(functools.partial(train_with, kind, folder))
                 weights.append(load_weights(folder) if status == 0 else None)
@@ -1493,7 +1496,7 @@ def segment_folder(tally: Tally) -> None:
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            if count_done() > killed_at:
+            if pages and count_done() > killed_at:
                 memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
         time.sleep(0.2)
     tally.check(process.returncode == 0, f"ended with {process.returncode}")
