@@ -696,7 +696,7 @@ def fail_disks(tally: Tally) -> None:
         step = {"refused": 2, "saved": 3}.get(str(said), 0)
         is_right = step > 0 and are_equal(open_run(copy).load_state(), make_state(step))
         tally.check(is_right, f"the disk is full after {percent} % of a state: {said}")
-        tally.check(percent >= 101 or said == "refused", f"{percent} % were reported as saved")
+        tally.check(percent >= 100 or said == "refused", f"{percent} % were reported as saved")
 
 
 # ---------------------------------------------------------------- 15: downloads

@@ -57,6 +57,12 @@ def _is_whole(generation: Path) -> bool:
         return False
 
 
+def _read_step(generation: Path) -> int:
+    """The step of a generation, or of one that was moved aside; -1 where its name has none."""
+    match = re.search(r"step-([0-9]+)", generation.name)
+    return int(match[1]) if match else -1
+
+
 def _remove(path: Path) -> None:
     """Remove a file or folder, if that can be."""
     shutil.rmtree(path, ignore_errors=True)
@@ -217,7 +223,7 @@ class RunFolder:
                 torch.save({**identity, "state": state}, file)
             write_text(partial / CHECKSUM, compute_checksum(partial / STATE))
             if final.exists():  # of the same step before its epoch was closed, or damaged
-                os.replace(final, folder / f".replaced-{secrets.token_hex(8)}")
+                os.replace(final, folder / f".replaced-{final.name}-{secrets.token_hex(8)}")
             os.replace(partial, final)
             sync_folder(folder)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
@@ -245,6 +251,7 @@ class RunFolder:
             SourceError: there are some, but all are damaged.
         """
         generations = [*self.generations(), *self._replaced()]
+        generations.sort(key=_read_step, reverse=True)  # of one step the regular one comes first
         is_finished = self.folder is not None and (self.folder / METRICS).exists()
         if is_finished and resume and not generations:
             raise InputError(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from labkit.classify.config import MAX_SIZE
 from labkit.classify.sources import SPLITS, Batch, Source, find_source
 from labkit.files import (
     compute_checksum,
@@ -241,8 +242,8 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
         SourceError: it could not be fetched or read, or the cache could not be written. Another
             source is never taken in its place.
     """
-    if image_size < 1:
-        raise InputError(f"image_size must be at least 1, got {image_size}")
+    if not 1 <= image_size <= MAX_SIZE:
+        raise InputError(f"image_size must be at least 1, at most {MAX_SIZE}, got {image_size}")
     cache = cache or get_cache_dir()
     origin = find_source(source, cache=cache, image_size=image_size)
     for remark in origin.remarks:
