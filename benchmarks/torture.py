@@ -84,6 +84,7 @@ class Tally:
     Attributes:
         quick: whether the short form runs.
         work: a folder for the line.
+        ends: time of the monotonic clock at which a long line stops; its row says how far it came.
         tried: number of cases.
         failures: what failed, in words.
         figures: what was measured beside.
@@ -91,9 +92,15 @@ class Tally:
 
     quick: bool
     work: Path
+    ends: float = float("inf")
     tried: int = 0
     failures: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time of the line is over."""
+        return time.monotonic() >= self.ends
 
     def choose(self, whole: int, short: int) -> int:
         """A number of cases, of the whole form or the short one."""
@@ -400,6 +407,9 @@ def kill_at_system_calls(tally: Tally) -> None:
                 calls += seen
                 break
             number += tally.choose(1, 23)
+            if tally.is_late:
+                tally.figures["stopped_at"] = f"stop {number} of {name}"
+                return
         shutil.rmtree(base, ignore_errors=True)
     path = tally.work / "metrics.json"
     for number in range(0, 1000, tally.choose(1, 9)):
@@ -428,7 +438,7 @@ def kill_at_random(tally: Tally) -> None:
         tally.check(status == 0, f"{kind}: the uninterrupted run ended with {status}")
         references[kind] = load_weights(folder)
     kinds = list(references)
-    while kills < wanted:
+    while kills < wanted and not tally.is_late:
         kind, folder, depth = kinds[0], tally.work / "run", 0
         kinds.append(kinds.pop(0))
         shutil.rmtree(folder, ignore_errors=True)
@@ -501,7 +511,7 @@ def kill_two_processes(tally: Tally) -> None:
     reference = tally.work / "reference"
     tally.check(train_pair(reference, 300) == [0, 0], "the uninterrupted run failed")
     whole = time.monotonic() - began
-    while kills < tally.choose(20, 1):
+    while kills < tally.choose(20, 1) and not tally.is_late:
         folder = tally.work / f"run {runs}"
         runs, depth, statuses = runs + 1, 0, [-signal.SIGKILL]
         while statuses[0] == -signal.SIGKILL:
@@ -853,8 +863,11 @@ def make_odd_images(is_whole: bool) -> Iterator[Odd]:
         half = Image.new("RGBA", (7_000, 7_000))
         yield "49 megapixels as WEBP", encode(half, "WEBP", quality=1, method=0), (7_000, 7_000)
         large = Image.new("RGB", (9_999, 9_999))
+        yield "99.98 megapixels as JPEG", encode(large, "JPEG", quality=5), (9_999, 9_999)
         data = encode(large, "JPEG", progressive=True, quality=5)
-        yield "99.98 megapixels as progressive JPEG", data, (9_999, 9_999)
+        yield "99.98 megapixels as progressive JPEG", data, None
+        data = encode(half.convert("RGB"), "JPEG", progressive=True, quality=5)
+        yield "49 megapixels as progressive JPEG", data, (7_000, 7_000)
 
 
 def read_odd_images(tally: Tally) -> None:
@@ -1273,8 +1286,12 @@ def spoil_training(tally: Tally) -> None:
     )
     scaled = Precision(autocast_dtype=torch.bfloat16, scale_loss=True)
     resolve, folder = module.resolve_precision, tally.work / "run"
-    for fault, words in FAULTS.items():
-        for at in range(0, 100, tally.choose(1, 17)) if not tally.quick else (0, 5):
+    steps = (0, 5) if tally.quick else random.Random(18).sample(range(100), 100)
+    for at in steps:
+        for fault, words in FAULTS.items():
+            if tally.is_late:
+                return
+            tally.figures["runs"] = tally.figures.get("runs", 0) + 1
             shutil.rmtree(folder, ignore_errors=True)
             torch.manual_seed(0)
             model, case = Faulty(fault, at), f"{fault} at step {at}"
@@ -1300,7 +1317,6 @@ def spoil_training(tally: Tally) -> None:
                 numbers = [v for part in values for v in part.values() if torch.is_tensor(v)]
                 is_finite = all(bool(torch.isfinite(v).all()) for v in numbers)
                 tally.check(is_finite, f"{case}: {generation.name} is poisoned")
-    tally.figures["steps"] = 2 if tally.quick else 100
 
 
 # ---------------------------------------------------------------- 19: the same twice
@@ -1316,6 +1332,8 @@ def train_twice(tally: Tally) -> None:
             train(kind, folder)
 
         for kind in KINDS if not tally.quick else ["ViT, EMA"]:
+            if tally.is_late:
+                return
             weights = []
             for number in range(tally.choose(4, 2)):
                 folder = tally.work / f"{kind} {threads} {number}"
@@ -1395,8 +1413,10 @@ def _call_everything(work: Path) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------- 20: no growth
 
 
-def measure_growth(work: Callable[[int], Any], count: int, warm: int) -> tuple[float, int]:
-    """Growth of resident memory in MiB, and of open files, from call `warm` to the last."""
+def measure_growth(
+    tally: Tally, work: Callable[[int], Any], count: int, warm: int
+) -> tuple[float, int, int]:
+    """Growth of resident memory in MiB, and of open files, from call `warm` on; number of calls."""
     from tests.global_state import list_open_files
 
     def read_memory() -> float:
@@ -1408,16 +1428,18 @@ def measure_growth(work: Callable[[int], Any], count: int, warm: int) -> tuple[f
         work(number)
         if number == warm:
             memory, files = read_memory(), len(list_open_files())
-    return read_memory() - memory, len(list_open_files()) - files
+        if number > warm and tally.is_late:
+            break
+    return read_memory() - memory, len(list_open_files()) - files, number + 1
 
 
 GROWTH_MIB = 64  # that a process may grow once it is warm
 GROWTH_FILES = 2
 
 
-def _count_growth(tally: Tally, work: Work, count: int, what: str) -> None:
+def _count_growth(tally: Tally, work: Work, what: str) -> None:
     status, answer = run_apart(work)
-    memory, files = answer or (float("inf"), 0)
+    memory, files, count = answer or (float("inf"), 0, 0)
     tally.check(status == 0, f"{what}: ended with {status}")
     tally.check(memory <= GROWTH_MIB, f"{what}: {memory:.0f} MiB more")
     tally.check(files <= GROWTH_FILES, f"{what}: {files} open files more")
@@ -1429,19 +1451,20 @@ def segment_many(tally: Tally) -> None:
     """20. Images segmented in one process: no growth."""
     count = tally.choose(500, 6)
 
-    def work() -> tuple[float, int]:
+    def work() -> tuple[float, int, int]:
         from labkit import TextSegmenter, make_object_scene
 
         torch.set_num_threads(1)
         segmenter = TextSegmenter.from_profile("demo", device="cpu")
         scenes = [make_object_scene(n, seed=20) for n in range(10)]
         return measure_growth(
+            tally,
             lambda n: segmenter(scenes[n % 10].image, [scenes[n % 10].present[0]]),
             count,
             min(50, count // 2),
         )
 
-    _count_growth(tally, work, count, "images")
+    _count_growth(tally, work, "images")
 
 
 def train_many(tally: Tally) -> None:
@@ -1449,15 +1472,16 @@ def train_many(tally: Tally) -> None:
     count = tally.choose(20, 3)
     config = TrainConfig.from_json({**VIT.to_json(), "epochs": 1, "batch_size": 40})
 
-    def work() -> tuple[float, int]:
+    def work() -> tuple[float, int, int]:
         torch.set_num_threads(1)
         return measure_growth(
+            tally,
             lambda n: fit(config, data=DATA, out=tally.work / f"run {n}", device="cpu"),
             count,
             min(5, count - 1),
         )
 
-    _count_growth(tally, work, count, "trainings")
+    _count_growth(tally, work, "trainings")
 
 
 def segment_folder(tally: Tally) -> None:
@@ -1560,13 +1584,13 @@ LINES: Mapping[str, tuple[str, Callable[[Tally], None]]] = {
 }
 
 
-def run_line(name: str, quick: bool) -> dict[str, Any]:
+def run_line(name: str, quick: bool, seconds: float = float("inf")) -> dict[str, Any]:
     """Run one line; its row."""
     what, work = LINES[name]
     began = time.perf_counter()
     memory = Path("/dev/shm")  # a kill loses nothing that was written, on whatever disk
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        tally = Tally(quick, Path(folder))
+        tally = Tally(quick, Path(folder), time.monotonic() + seconds)
         try:
             work(tally)
         except Exception as error:
@@ -1588,6 +1612,7 @@ def main() -> None:
     parser.add_argument("--lines", default="", help="only lines whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help="a short form of each line")
     parser.add_argument("--again", action="store_true", help="run lines that are there already too")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop long lines then")
     parser.add_argument("--bandit", default="", help="the command that runs bandit")
     parser.add_argument("--images", type=int, help="of the folder of line 20 [default: 10000]")
     parser.add_argument("--out", type=Path, help="file [default: benchmarks/results/trust.json]")
@@ -1608,7 +1633,7 @@ def main() -> None:
     for name in LINES:
         if any(word in name for word in words) and (arguments.again or name not in rows):
             print(f"{name} ...", flush=True)
-            rows[name] = row = run_line(name, arguments.quick)
+            rows[name] = row = run_line(name, arguments.quick, arguments.seconds)
             print(f"  {row['failed']} of {row['tried']} failed, {row['seconds']} s", flush=True)
             for failure in row["failures"][:5]:
                 print(f"    {failure[:300]}", flush=True)

@@ -103,8 +103,8 @@ def load_image(
         source: a path, an http or https URL, the bytes of an image file, a PIL image, or an array
             (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers that `scale_to_uint8` takes.
             `fetch` says how a URL is fetched.
-        max_pixels: the most pixels, checked before decoding; half as many of WebP, AVIF and HEIC,
-            whose decoders hold an image twice. Pillow's own limit, twice
+        max_pixels: the most pixels, checked before decoding; half as many of WebP, AVIF, HEIC
+            and progressive JPEG, whose decoders hold an image twice. Pillow's own limit, twice
             `PIL.Image.MAX_IMAGE_PIXELS`, holds as well.
         max_bytes: the largest file, checked before reading and while it arrives.
         timeout: the longest silence of a server in seconds.
@@ -432,7 +432,7 @@ def to_rgb(
         >>> to_rgb(Image.new("CMYK", (2, 1), (0, 255, 255, 0))).tolist()
         [[[255, 0, 0], [255, 0, 0]]]
     """
-    is_twice = image.format in DECODED_TWICE
+    is_twice = image.format in DECODED_TWICE or "progressive" in image.info
     _check_pixels(*image.size, label, max_pixels // 2 if is_twice else max_pixels)
     _match_transparency(image)
     image.load()

@@ -19,12 +19,18 @@ import torch
 from PIL import Image, ImageFile
 
 
+OF_OTHERS = {
+    *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+}
+"""Variables that pytest, torch and the libraries below them set once, when they are first used."""
+
+
 def read_settings() -> dict[str, Any]:
     """Settings of the interpreter and the libraries, by name."""
     mask = os.umask(0o22)
     os.umask(mask)
     return {
-        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "environment": {k: v for k, v in os.environ.items() if k not in OF_OTHERS},
         "working folder": os.getcwd(),
         "umask": mask,
         "locale": locale.setlocale(locale.LC_ALL),

@@ -216,8 +216,13 @@ def test_what_looks_like_scans_behind_the_image_is_no_scan() -> None:
     assert np.array_equal(load_image(film), load_image(make_scans(10)))
 
 
-def test_formats_that_are_decoded_twice_have_half_of_the_pixels() -> None:
-    data = encode(Image.fromarray(RGB), "WEBP", lossless=True)
+@pytest.mark.parametrize(
+    ("format", "options"), [("WEBP", {"lossless": True}), ("JPEG", {"progressive": True})]
+)
+def test_formats_that_are_decoded_twice_have_half_of_the_pixels(
+    format: str, options: dict[str, Any]
+) -> None:
+    data = encode(Image.fromarray(RGB), format, **options)
     assert load_image(data, max_pixels=2 * 35).shape == (5, 7, 3)
     assert "more than 34" in refusal(InputError, data, max_pixels=2 * 35 - 1)
 
