@@ -69,6 +69,7 @@ from labkit.runtime import (  # noqa: E402
     SourceError,
     TrainingError,
     measure_peak_memory,
+    use_seed,
 )
 
 RESULT = ROOT / "benchmarks" / "results" / "trust.json"
@@ -1378,7 +1379,10 @@ def _call_everything(work: Path) -> tuple[list[str], list[str]]:
         "Run.predict": lambda: results["run"].predict(pixels.images),
         "Run.figures": lambda: results["run"].figures(),
         "Run.save": lambda: results["run"].save(work / "copy"),
-        "create_model": lambda: labkit.create_model("vit", num_classes=3, image_size=16, **TINY),
+        # It draws weights from the generator of torch, as every network of torch does.
+        "create_model": lambda: use_seed(0)(labkit.create_model)(
+            "vit", num_classes=3, image_size=16, **TINY
+        ),
         "list_models": labkit.list_models,
         "list_presets": labkit.list_presets,
         "get_preset": lambda: labkit.get_preset("vit", epochs=2),

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
-
 OF_OTHERS = {
     *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
 }
@@ -68,8 +67,16 @@ def read_generators() -> dict[str, Any]:
 
 
 def list_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what differs."""
-    return [name for name in before if before[name] != after[name]]
+    """Names of what differs, and in dictionaries of which entries."""
+    changed = []
+    for name, value in before.items():
+        now = after[name]
+        if isinstance(value, dict):
+            keys = sorted(map(str, {k for k in {*value, *now} if value.get(k) != now.get(k)}))
+            changed += [f"{name} ({', '.join(keys)})"] if keys else []
+        elif value != now:
+            changed.append(name)
+    return changed
 
 
 def list_open_files() -> list[str]:

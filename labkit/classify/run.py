@@ -45,6 +45,7 @@ from labkit.runtime import (
     measure_peak_memory,
     pick_device,
     resolve_precision,
+    use_seed,
 )
 
 if TYPE_CHECKING:
@@ -626,7 +627,8 @@ def _load_weights(
     if digest is not None and compute_checksum(folder / WEIGHTS) != digest:
         raise _describe_damage(folder / WEIGHTS, ValueError("it is not what metrics.json names"))
     if model is None:
-        model = create_from_config(config, num_classes, pretrained=False)
+        with use_seed(config.seed):  # its first weights are drawn, and then replaced
+            model = create_from_config(config, num_classes, pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except SafetensorError as error:
