@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: run test lint notebook notebooks tables bench gpu-check address colab-check clean
+.PHONY: run test lint notebook notebooks tables bench torture gpu-check address colab-check clean
 
 run: $(READY)
 	$(BIN)/python scripts/execute.py --out runs/notebooks q1.ipynb q2.ipynb
@@ -35,6 +35,11 @@ tables: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/rerun.py
 
+# Kills, damages, fuzzes and attacks: what is lost or let in is named. About 40 minutes of a core;
+# goes on where it stopped. BANDIT=... is the command of bandit, where that is installed.
+torture: $(READY)
+	$(BIN)/python benchmarks/torture.py --bandit "$(BANDIT)"
+
 # Needs a GPU: its tests, an epoch of each preset, two accuracies; goes on where it stopped.
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py
@@ -49,11 +54,12 @@ colab-check:
 	$(PYTHON) scripts/colab_check.py
 	$(PYTHON) scripts/colab_check.py --newest-torch
 
-$(READY): requirements.txt constraints.txt pyproject.toml
+$(READY): requirements.txt requirements-sam2.txt constraints.txt pyproject.toml
 	@echo "Setting up $(VENV): up to 6 GB from the package index, mostly the CUDA build of torch; minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt setuptools wheel torch
-	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation -r requirements.txt
+	$(PIP) --no-build-isolation -r requirements.txt
+	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation --no-deps --require-hashes -r requirements-sam2.txt
 	touch $@
 
 clean:

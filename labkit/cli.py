@@ -741,9 +741,13 @@ def main() -> None:
         except Exception as error:
             from labkit.runtime import LabkitError  # loads torch, which --help does not need
 
-            if not isinstance(error, LabkitError):
+            if isinstance(error, BrokenPipeError):  # nobody reads what is printed any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(1) from None
+            if not isinstance(error, LabkitError | OSError | MemoryError):
                 raise
-            print(f"labkit: {error}", file=sys.stderr)
+            text = str(error) or "there is not enough memory"
+            print(f"labkit: {text}", file=sys.stderr)
             raise SystemExit(1) from None
         except SystemExit as stop:
             if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -24,16 +24,29 @@ CHUNK = 1 << 20
 RETRIES = 3
 READERS = 8  # files read at a time; on a network drive the waiting adds up otherwise
 FINE_CLOCK_NS, COARSE_CLOCK_NS = 100_000_000, 2_000_000_000
+STALE = 3600.0  # seconds after which nobody writes to a temporary file any more
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}")  # as `open_atomic` names them
+POOCH_TEMPORARY = re.compile(r"(tmp)[a-z0-9_]{8}")
 NO_SUCH_FEATURE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 def get_cache_dir() -> Path:
     """Return the folder of decoded data and downloads: `LABKIT_CACHE`, else `~/.cache/labkit`.
 
+    Raises:
+        InputError: neither is known.
+
     Example:
         >>> path = get_cache_dir() / "photo.jpg"
     """
-    return Path(os.environ.get("LABKIT_CACHE") or Path.home() / ".cache" / "labkit")
+    if chosen := os.environ.get("LABKIT_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "labkit"
+    except RuntimeError as error:
+        raise InputError(
+            "this user has no home folder; name one for data in the variable LABKIT_CACHE"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,6 +68,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that takes the name `path` when the block ends, whole and durable.
 
     An exception inside the block leaves the old file at `path` untouched and no other file behind.
+    What a killed process left of earlier files of this name is removed once it is an hour old.
 
     Raises:
         SourceError: the file could not be written; the message names a full disk.
@@ -72,6 +86,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name, older_than=STALE)
         with temporary.open("xb") as file:
             yield file
             file.flush()
@@ -85,6 +100,41 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(
+    folder: Path,
+    name: str | None = None,
+    *,
+    older_than: float = 0.0,
+    pattern: re.Pattern[str] = TEMPORARY,
+) -> None:
+    """Remove the temporary files in `folder` that processes left when they were killed.
+
+    Args:
+        folder: is not searched deeper; it may be missing.
+        name: of the file that they were to become; None for any.
+        older_than: seconds since they were last written to. Where no other process can be at
+            work in `folder`, 0 will do.
+        pattern: what their names look like; its first group is the name of the file.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in (".a.json.0123456789abcdef", "a.json", ".hidden"):
+        ...     (folder / name).touch()
+        >>> remove_leftovers(folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['.hidden', 'a.json']
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as listing:
+        for entry in listing:
+            match = pattern.fullmatch(entry.name)
+            if match is None or name not in (None, match[1]):
+                continue
+            with contextlib.suppress(OSError):
+                if entry.is_file() and time.time() - entry.stat().st_mtime >= older_than:
+                    os.unlink(entry)
 
 
 def _unwritable(path: Path, error: OSError) -> SourceError:
@@ -111,6 +161,22 @@ def write_json(path: Path, value: Any) -> None:
         {'accuracy': 0.5}
     """
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that a JSON text describes.
+
+    Raises:
+        ValueError: the text is damaged in any way, brackets without end included.
+
+    Example:
+        >>> parse_json('{"accuracy": 0.5}')
+        {'accuracy': 0.5}
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -187,7 +253,7 @@ def compute_checksums(paths: Sequence[Path], *, hints: Path) -> list[str]:
 
 def _read_hints(path: Path) -> dict[str, Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return rows if isinstance(rows, dict) else {}
@@ -265,7 +331,8 @@ def mirror_folder(
             are not read again until they change. The call notes there what it has verified.
 
     Raises:
-        SourceError: a file could not be written, or does not read back as it was written.
+        SourceError: a folder or file could not be read, a file could not be written, or does not
+            read back as it was written.
 
     Example:
         >>> import tempfile
@@ -276,13 +343,17 @@ def mirror_folder(
         '{}'
     """
     verified = {} if verified is None else verified
+    unread: list[OSError] = []
     names = sorted(
         Path(folder, name).relative_to(source)
-        for folder, _, files in os.walk(source)
+        for folder, _, files in os.walk(source, onerror=unread.append)
         for name in files
     )
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    is_whole = True
+    for error in unread:
+        if not isinstance(error, FileNotFoundError):  # a folder that vanished is left out
+            raise describe_unreadable(error.filename, error) from error
+    is_whole = not unread
     for name in names:
         state: list[int] = []
         try:
@@ -439,6 +510,7 @@ def _fetch(url: str, path: Path, digest: str, timeout: float) -> None:
         headers={"Accept-Encoding": "identity"},
         hooks={"response": check_response},
     )
+    remove_leftovers(path.parent, older_than=STALE, pattern=POOCH_TEMPORARY)
     files = pooch.create(
         path.parent,
         base_url="",
@@ -512,7 +584,7 @@ def download_from_hub(
             # Without a network this fails at once, where hf_hub_download would try for 23 seconds.
             with contextlib.suppress(HfHubHTTPError):  # the hub answered: worth another try
                 get_hf_file_metadata(hf_hub_url(repo, filename, **source))
-        path = Path(hf_hub_download(repo, filename, **source))
+        path = Path(hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
     except Exception as error:  # its own, httpx's, hf_xet's and the system's have no common base
         raise SourceError(
             f"could not download {filename} of {repo}: {find_root_cause(error)}"

@@ -50,11 +50,39 @@ STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 HEAD = 64  # bytes of a file that tell its format
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_PIXELS = 100_000_000
+BAND_PIXELS = 2**21  # converted at a time; what lies between is several times as large
+MAX_SCANS = 100  # of a JPEG; a progressive one has about 10
+MAX_SCANNED = 1_500_000_000  # pixels that the scans of a JPEG may pass over, all together
+SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # a marker between or behind scans
+START_OF_SCAN, END_OF_IMAGE, NO_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+COLOUR_PROFILE = b"iCCP"  # a chunk of a PNG
+DECODED_TWICE = ("WEBP", "AVIF", "HEIF")  # decoders of these hold the image a second time
+MAX_OPENED = 2**28  # bytes of a file that `open_image` reads into memory
 ORIENTATION = 0x0112  # EXIF
 MAX_REDIRECTS = 5
 TOTAL_TIMEOUTS = 4  # a whole download may take so many times the longest silence
 USER_AGENT = "labkit"
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all else of IPv6 is special or not assigned
+# IANA's registries of special-purpose addresses, of 2025; `ipaddress` knows those of its own year.
+SPECIAL_IPV4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+            *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24"),
+            *("192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
+            *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        ),
+    )
+)
+SPECIAL_IPV6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        ("2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3ffe::/16", "3fff::/20"),
+    )
+)
 
 
 def load_image(
@@ -75,7 +103,8 @@ def load_image(
         source: a path, an http or https URL, the bytes of an image file, a PIL image, or an array
             (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers that `scale_to_uint8` takes.
             `fetch` says how a URL is fetched.
-        max_pixels: the most pixels, checked before decoding. Pillow's own limit, twice
+        max_pixels: the most pixels, checked before decoding; half as many of WebP, AVIF, HEIC
+            and progressive JPEG, whose decoders hold an image twice. Pillow's own limit, twice
             `PIL.Image.MAX_IMAGE_PIXELS`, holds as well.
         max_bytes: the largest file, checked before reading and while it arrives.
         timeout: the longest silence of a server in seconds.
@@ -225,7 +254,8 @@ def open_image(file: bytes | Path, label: str) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     formats: tuple[str, ...] = FORMATS
-    kind = _identify_heif(_read_head(file))
+    head = _read_head(file)
+    kind = _identify_heif(head)
     if kind:
         if kind == "HEIC":
             with contextlib.suppress(ImportError):
@@ -234,8 +264,15 @@ def open_image(file: bytes | Path, label: str) -> Image.Image:
                 pillow_heif.register_heif_opener()
         Image.init()
         formats = tuple(name for name in ("AVIF", "HEIF") if name in Image.OPEN)
+    if isinstance(file, Path) and head.startswith((PNG, JPEG)):
+        file = _read_file(os.fspath(file), label, MAX_OPENED)
+    if isinstance(file, bytes) and head.startswith(PNG):
+        file = _drop_profile(file)
     try:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+        if isinstance(file, bytes) and head.startswith(JPEG):
+            _check_scans(file, image.width * image.height, label)
+        return image
     except UnidentifiedImageError as error:
         if kind:
             raise InputError(
@@ -245,6 +282,34 @@ def open_image(file: bytes | Path, label: str) -> Image.Image:
             f"{label} is no image in {', '.join(FORMATS)}, or its start is damaged; "
             "convert it to PNG or download it again"
         ) from error
+
+
+def _drop_profile(file: bytes) -> bytes:
+    """A PNG without its colour profile, which is not used, and can be too large for Pillow."""
+    position = len(PNG)
+    while position + 12 <= len(file):
+        end = position + 12 + int.from_bytes(file[position : position + 4], "big")
+        if file[position + 4 : position + 8] == COLOUR_PROFILE:
+            return file[:position] + file[end:]
+        position = end
+    return file
+
+
+def _check_scans(file: bytes, pixels: int, label: str) -> None:
+    """Raise InputError if a JPEG passes so often over its pixels that it takes very long."""
+    scans, position = 0, len(JPEG) - 1
+    while match := SCAN.search(file, position):
+        marker, position = match[1][0], match.end()
+        if marker == END_OF_IMAGE:
+            return
+        scans += marker == START_OF_SCAN
+        if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
+            raise InputError(
+                f"{label} is a JPEG of {scans} scans or more, which take too long to decode; "
+                "save it anew, or as PNG"
+            )
+        if marker not in NO_LENGTH:
+            position += int.from_bytes(file[position : position + 2], "big")
 
 
 def _read_head(file: bytes | Path) -> bytes:
@@ -357,7 +422,7 @@ def to_rgb(
     Args:
         image: the image; of several frames the present one is taken.
         label: the name of the image at the beginning of messages.
-        max_pixels: the most pixels.
+        max_pixels: the most pixels, as in `load_image`.
 
     Raises:
         InputError: the image is empty or too large, or its numbers are out of range.
@@ -367,30 +432,55 @@ def to_rgb(
         >>> to_rgb(Image.new("CMYK", (2, 1), (0, 255, 255, 0))).tolist()
         [[[255, 0, 0], [255, 0, 0]]]
     """
-    _check_pixels(*image.size, label, max_pixels)
+    is_twice = image.format in DECODED_TWICE or "progressive" in image.info
+    _check_pixels(*image.size, label, max_pixels // 2 if is_twice else max_pixels)
+    _match_transparency(image)
     image.load()
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing about which side is up
+        orientation = image.getexif().get(ORIENTATION, 1)
+    width, height = image.size
+    upright = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    pixels = np.empty((*upright, 3), np.uint8)
+    stored = pixels  # the same memory, turned as the file has it
+    if orientation in (3, 4, 7, 8):
+        stored = stored[::-1]
+    if orientation in (2, 3, 6, 7):
+        stored = stored[:, ::-1]
+    if orientation in (5, 6, 7, 8):
+        stored = stored.swapaxes(0, 1)
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        stored[top:bottom] = _convert_band(image.crop((0, top, width, bottom)), label)
+    return pixels
+
+
+def _match_transparency(image: Image.Image) -> None:
+    """Bring the transparent colour of a PNG with colours of 16 bits to the 8 that Pillow keeps.
+
+    It is called before the image is decoded, which forgets how many bits there were.
+    """
+    tiles = getattr(image, "tile", ())
+    colour = image.info.get("transparency")
+    if tiles and tiles[0][3] == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _convert_band(image: Image.Image, label: str) -> NDArray[np.uint8]:
+    """Convert rows of a Pillow image of any mode, as they are stored: (H, W, 3)."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         numbers = np.asarray(image)
         if image.mode == "I":
             numbers = narrow_to_uint16(numbers, label)
-        pixels = _convert_array(numbers, label, max_pixels)
+        pixels = _convert_array(numbers, label, numbers.size)
         if "transparency" in image.info:  # of a 16-bit PNG: one value is transparent
             pixels[numbers == image.info["transparency"]] = 255
-    elif image.has_transparency_data:
+        return pixels
+    if image.has_transparency_data:
         straight = image.convert("LA") if image.mode == "La" else image
-        pixels = _blend_with_white(np.asarray(straight.convert("RGBA")))
-    else:
-        pixels = np.array(image.convert("RGB"))
-    orientation = 1
-    with contextlib.suppress(Exception):  # damaged EXIF says nothing about which side is up
-        orientation = image.getexif().get(ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+        return _blend_with_white(np.asarray(straight.convert("RGBA")))
+    return np.asarray(image.convert("RGB"))
 
 
 def _convert_array(array: NDArray[Any], label: str, max_pixels: int) -> NDArray[np.uint8]:
@@ -630,15 +720,15 @@ def _connect(
 def _is_public(text: str) -> bool:
     """Return whether `text` is an address on the public internet, also if it embeds an IPv4 one."""
     address = ipaddress.ip_address(text)
-    if isinstance(address, ipaddress.IPv6Address):
-        embedded = address.ipv4_mapped or address.sixtofour
-        if address in NAT64:
-            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if embedded:
-            return _is_public(str(embedded))
-        if address.is_site_local:
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not any(address in network for network in SPECIAL_IPV4)
+    embedded = address.ipv4_mapped or address.sixtofour
+    if address in NAT64:
+        embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if embedded:
+        return _is_public(str(embedded))
+    is_special = any(address in network for network in SPECIAL_IPV6)
+    return address.is_global and address in GLOBAL_UNICAST and not is_special
 
 
 class _DeadlineSocket(io.RawIOBase):

@@ -68,12 +68,21 @@ def pick_device(name: str = "auto") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    unknown = f"device {str(name)[:60]!r} is unknown; use 'auto', 'cpu' or 'cuda'"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
+        device = torch.device(str(name))
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise InputError(unknown) from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
+    if device.type not in counts:
+        raise InputError(unknown)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r} was asked for, but no GPU was found. {_GPU_REMEDY}")
+    if (device.index or 0) >= counts[device.type]:
+        raise InputError(
+            f"device {name!r} is not there: this machine has {counts[device.type]} of "
+            f"{device.type!r}, counted from 0"
+        )
     return device
 
 

@@ -13,11 +13,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 COLAB_SESSIONS = "http://172.28.0.12:9000/api/sessions"
+# The only file of it on the package index: pip refuses any other.
+SAM2 = "sam2==1.1.0 --hash=sha256:7e0ea252d43c10d853e3acfce0b5770ac683c30481bd6de311300e9d44f45b74"
 SECONDS = 2.0  # that a list of sessions may take to answer
 NAME = r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9._-]{1,100}"
 REF = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|[./](?![./])){0,100}"
@@ -63,8 +66,11 @@ def install_labkit(repository="", extras=(), needs=()):
     if "sam2" in needs and importlib.util.find_spec("sam2") is None:
         # Built against the torch that is here, without CUDA kernels, which labkit does not need.
         environment = {**os.environ, "SAM2_BUILD_CUDA": "0"}
-        command = [*pip, "--no-build-isolation", "--no-deps", "sam2"]
-        subprocess.run(command, check=True, env=environment)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "requirements.txt")  # pip takes hashes from a file alone
+            path.write_text(SAM2)
+            options = ["--no-build-isolation", "--no-deps", "--require-hashes", "-r", str(path)]
+            subprocess.run([*pip, *options], check=True, env=environment)
     importlib.invalidate_caches()
 
 

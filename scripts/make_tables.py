@@ -336,6 +336,32 @@ def make_peak_share(results: Results) -> str:
     return draw(head, lines)
 
 
+def make_trust(results: Results) -> str:
+    """What `make torture` tried, and how much of it failed."""
+    head = ("line", "what was tried", "cases", "failed", "figures", "seconds")
+    result = results.read("trust.json")
+    if result is None:
+        return draw(head, [("13 to 20", "`make torture`", NOT_MEASURED, "–", "–", "–")])
+    lines = []
+    for row in result["lines"]:
+        number, _, _ = row["line"].partition(" ")
+        cases = row["figures"].get("not_run") or f"{row['tried']:,}"
+        figures = [
+            f"{name.replace('_', ' ')}: {_format_figure(value)}"
+            for name, value in row["figures"].items()
+            if name != "not_run"
+        ]
+        seconds = f"{row['seconds']:,.0f}"
+        lines.append((number, row["what"], cases, str(row["failed"]), "; ".join(figures), seconds))
+    return draw(head, lines)
+
+
+def _format_figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return f"{len(value)}" if isinstance(value, list) else f"{value}"
+
+
 def make_gpu(results: Results) -> str:
     """What `make gpu-check` measured; figures of a CPU do not count."""
     head = ("what", "figure", "training time")
@@ -375,6 +401,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "ablate": make_ablate,
     "peak-share": make_peak_share,
     "gpu": make_gpu,
+    "trust": make_trust,
 }
 
 

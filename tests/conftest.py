@@ -19,7 +19,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def labkit_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def global_state() -> Iterator[None]:
+    """Every test leaves settings of interpreter and libraries as it found them.
+
+    Tests draw from random generators themselves; `19 global state` of the torture holds those.
+    """
+    from tests.global_state import list_changes, read_settings
+
+    before = read_settings()
+    yield
+    changed = list_changes(before, read_settings())
+    assert not changed, f"left changed: {', '.join(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def labkit_cache(global_state: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own for every test."""
     folder = tmp_path / "labkit-cache"
     monkeypatch.setenv("LABKIT_CACHE", str(folder))

@@ -10,6 +10,7 @@ import shutil
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from labkit.files import (
     compute_checksums,
     download,
     download_from_hub,
+    get_cache_dir,
     has_digest,
     lock_file,
     mirror_folder,
     open_atomic,
+    parse_json,
     write_json,
 )
 from labkit.runtime import InputError, SourceError
@@ -549,3 +552,59 @@ def test_a_copy_that_does_not_read_back_is_named(
     monkeypatch.setattr(shutil, "copyfileobj", lambda original, file: file.write(b"less"))
     with pytest.raises(SourceError, match="does not read back"):
         mirror_folder(source, target, prune="checkpoints")
+
+
+def test_leftovers_of_a_killed_process_are_removed_once_they_are_old(tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    old, new, other = (
+        tmp_path / f".{name}.{number:016x}"
+        for name, number in (("data.bin", 1), ("data.bin", 2), ("other.bin", 3))
+    )
+    for left in (old, new, other):
+        left.touch()
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    with open_atomic(path) as file:
+        file.write(b"1")
+    assert sorted(tmp_path.iterdir()) == sorted([new, other, path])
+
+
+def test_leftovers_of_a_killed_download_are_removed_once_they_are_old(
+    loopback: LoopbackServer, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "tmpabcdefgh", tmp_path / "tmp_bcd1234"
+    for left in (old, new):
+        left.touch()
+    os.utime(old, (0, 0))
+    url = loopback.add("/data.bin", b"1")
+    digest = "sha256:" + hashlib.sha256(b"1").hexdigest()
+    download(url, tmp_path / "data.bin", digest=digest)
+    assert not old.exists() and new.exists()
+
+
+def test_json_of_any_damage_is_a_value_error() -> None:
+    for text in ("[" * 200_000, b"\xff", "{", "", '{"a": ' * 100_000):
+        with pytest.raises(ValueError):
+            parse_json(text)
+
+
+def test_a_folder_of_a_mirror_that_cannot_be_read_is_an_error(
+    tmp_path: Path, deny_folder: Callable[[str], None]
+) -> None:
+    for folder in ("source/checkpoints/step-1", "target/checkpoints/step-0"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "state.pt").touch()
+    deny_folder("step-1")
+    with pytest.raises(SourceError, match=r"step-1 could not be read: Permission denied"):
+        mirror_folder(tmp_path / "source", tmp_path / "target", prune="checkpoints")
+    assert (tmp_path / "target/checkpoints/step-0/state.pt").exists()
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LABKIT_CACHE")
+    monkeypatch.setattr(Path, "home", find_no_home)
+    with pytest.raises(InputError, match="LABKIT_CACHE"):
+        get_cache_dir()

@@ -167,6 +167,10 @@ class Commands:
 
     def run(self, command: list[str], **_: object) -> None:
         assert command[1:4] == ["-m", "pip", "install"]
+        if "--require-hashes" in command:
+            assert {"--no-deps", "--no-build-isolation"} <= set(command)
+            self.sources.append([Path(command[command.index("-r") + 1]).read_text()])
+            return
         self.sources.append([part for part in command[4:] if not part.startswith("--")])
 
 
@@ -199,7 +203,22 @@ def test_extras_that_an_installed_labkit_lacks_are_added(
     added, sam2 = commands.sources
     assert any(requirement.startswith("hydra-core") for requirement in added)
     assert not any(requirement.startswith("labkit") for requirement in added)
-    assert sam2 == ["sam2"]
+    assert sam2 == [find_labkit.SAM2]
+
+
+def test_sam2_is_pinned_alike_wherever_it_is_installed() -> None:
+    (pin,) = (
+        line
+        for line in (ROOT / "requirements-sam2.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    assert pin == find_labkit.SAM2
+    assert re.fullmatch(r"sam2==[\d.]+ --hash=sha256:[0-9a-f]{64}", pin)
+    assert pin.split()[0] in (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("sam2")]
+    command = "--no-build-isolation --no-deps --require-hashes -r requirements-sam2.txt"
+    assert command in (ROOT / "Makefile").read_text()
 
 
 def test_a_checkout_beside_the_notebook_comes_before_a_repository(

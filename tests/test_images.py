@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -172,6 +174,91 @@ def test_a_transparent_colour_is_laid_on_white(mode: str, key: Any) -> None:
     image.putpixel((1, 0), 100 if mode == "L" else (100, 100, 100))
     data = encode(image, transparency=key)
     assert load_image(data).tolist() == [[[255] * 3, [100] * 3]]
+
+
+def test_a_transparent_colour_of_16_bits_is_laid_on_white() -> None:
+    colours = [[65535, 0, 0], [1000, 2000, 3000], [255, 0, 0]]
+    row = b"\0" + np.array(colours, ">u2").tobytes()
+    header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+    for index, white in ((0, [255, 255, 255]), (1, [255, 255, 255])):
+        key = np.array(colours[index], ">u2").tobytes()
+        body = chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+        pixels = load_image(PNG[:8] + chunk(b"IHDR", header) + body)
+        expected = [[255, 0, 0], [3, 7, 11], [0, 0, 0]]  # the upper 8 bits of each
+        expected[index] = white
+        assert pixels.tolist() == [expected]
+
+
+def test_a_colour_profile_of_any_size_is_ignored() -> None:
+    profile = chunk(b"iCCP", b"large\0\0" + zlib.compress(bytes(2**21)))
+    assert np.array_equal(load_image(PNG[:33] + profile + PNG[33:]), RGB)
+
+
+def make_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes so often that there are `count`."""
+    data = encode(Image.fromarray(smooth(64, 64)), "JPEG", progressive=True)
+    *before, last = re.split(rb"(?=\xff\xda)", data[:-2])
+    return b"".join(before) + last * (count + 1 - len(before)) + data[-2:]
+
+
+def test_scans_of_a_jpeg_are_limited(tmp_path: Path) -> None:
+    assert load_image(make_scans(100)).shape == (64, 64, 3)
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(make_scans(101))
+    for source in (make_scans(101), make_scans(5000), path):
+        assert "JPEG of 101 scans or more" in refusal(InputError, source)
+    with pytest.raises(InputError, match="scans or more"):
+        images.open_image(path, "in a folder of images")
+
+
+def test_what_looks_like_scans_behind_the_image_is_no_scan() -> None:
+    film = make_scans(10) + b"\xff\xda\0\x02" * 500  # telephones append a film
+    assert np.array_equal(load_image(film), load_image(make_scans(10)))
+
+
+@pytest.mark.parametrize(
+    ("format", "options"), [("WEBP", {"lossless": True}), ("JPEG", {"progressive": True})]
+)
+def test_formats_that_are_decoded_twice_have_half_of_the_pixels(
+    format: str, options: dict[str, Any]
+) -> None:
+    data = encode(Image.fromarray(RGB), format, **options)
+    assert load_image(data, max_pixels=2 * 35).shape == (5, 7, 3)
+    assert "more than 34" in refusal(InputError, data, max_pixels=2 * 35 - 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_an_image_converted_in_bands_is_the_same_image(
+    orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    data = encode(Image.fromarray(RGBA), exif=exif)
+    whole = load_image(data)
+    monkeypatch.setattr(images, "BAND_PIXELS", 14)  # two rows
+    assert np.array_equal(load_image(data), whole)
+
+
+MEASURED = """
+import sys
+from labkit.images import load_image
+from labkit.runtime import measure_peak_memory
+import torch
+cpu = torch.device("cpu")
+before = measure_peak_memory(cpu)
+load_image(sys.argv[1])
+print(measure_peak_memory(cpu) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux")
+def test_a_large_image_takes_twice_the_memory_of_its_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("RGBA", (4000, 4000), (1, 2, 3, 4)).save(path)
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    pixels = 16e6 / 2**30
+    assert float(done.stdout) < (4 + 3) * pixels + 0.1  # it took 24 bytes a pixel
 
 
 def test_alpha_is_laid_on_white_with_rounding() -> None:

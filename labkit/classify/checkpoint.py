@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -31,12 +30,13 @@ from labkit.files import (
     lock_file,
     mirror_folder,
     open_atomic,
+    remove_leftovers,
     sync_folder,
     write_json,
     write_json_lines,
     write_text,
 )
-from labkit.runtime import InputError, SourceError
+from labkit.runtime import InputError, SourceError, as_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ STATE, CHECKSUM = "state.pt", "checksum.txt"
 KEPT_GENERATIONS = 2
 
 
-_GENERATION = re.compile(r"step-(\d+)")
+_GENERATION = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def _is_whole(generation: Path) -> bool:
@@ -55,6 +55,19 @@ def _is_whole(generation: Path) -> bool:
         return compute_checksum(generation / STATE) == (generation / CHECKSUM).read_text()
     except (OSError, ValueError):
         return False
+
+
+def _read_step(generation: Path) -> int:
+    """The step of a generation, or of one that was moved aside; -1 where its name has none."""
+    match = re.search(r"step-([0-9]+)", generation.name)
+    return int(match[1]) if match else -1
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if that can be."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 class RunFolder:
@@ -90,7 +103,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder inside the block.
+        """Keep other runs out of the folder inside the block, and clean up after killed ones.
 
         Raises:
             InputError: another process trains in this folder.
@@ -99,6 +112,10 @@ class RunFolder:
             yield
             return
         with lock_file(self.folder.resolve(), wait=False):
+            remove_leftovers(self.folder)
+            for name in self._list_checkpoints():
+                if name.startswith(".partial-"):
+                    _remove(self.folder / CHECKPOINTS / name)
             yield
 
     def generations(self) -> list[Path]:
@@ -107,17 +124,21 @@ class RunFolder:
         Raises:
             SourceError: the folder of the checkpoints cannot be read.
         """
+        matches = map(_GENERATION.fullmatch, self._list_checkpoints())
+        steps = sorted((int(match[1]) for match in matches if match), reverse=True)
+        return [Path(self.folder or "", CHECKPOINTS, f"step-{step}") for step in steps]
+
+    def _list_checkpoints(self) -> list[str]:
+        """Names of all that is in the folder of the checkpoints, hidden ones too."""
         if self.folder is None:
             return []
         folder = self.folder / CHECKPOINTS
         try:
-            names = os.listdir(folder)
+            return os.listdir(folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise describe_unreadable(folder, error) from error
-        steps = [int(match[1]) for match in map(_GENERATION.fullmatch, names) if match]
-        return [folder / f"step-{step}" for step in sorted(steps, reverse=True)]
 
     def restore_from_mirror(self) -> None:
         """Copy the run from its mirror, where only the mirror has it."""
@@ -182,18 +203,27 @@ class RunFolder:
         """
         if not self._writes or self.folder is None:
             return
-        folder = self.folder / CHECKPOINTS
-        final, partial = folder / f"step-{step}", folder / f".partial-{secrets.token_hex(8)}"
+        final = self.folder / CHECKPOINTS / f"step-{step}"
         moment = (state.get("epoch"), state.get("step"))
-        if None not in moment and moment == self._saved_moment and _is_whole(final):
-            return
+        is_saved = None not in moment and moment == self._saved_moment and _is_whole(final)
+        if not is_saved:
+            self._write_generation(final, state)
+            self._saved_moment = moment
+        for old in [*self.generations()[KEPT_GENERATIONS:], *self._replaced()]:
+            _remove(old)
+        self.update_mirror()
+
+    def _write_generation(self, final: Path, state: dict[str, Any]) -> None:
+        """Write `state` into the folder `final`, which appears only when it is whole."""
+        folder = final.parent
+        partial = folder / f".partial-{secrets.token_hex(8)}"
         identity = {"config": self._config.to_json(), "fingerprint": self._fingerprint}
         try:
             with open_atomic(partial / STATE) as file:
                 torch.save({**identity, "state": state}, file)
             write_text(partial / CHECKSUM, compute_checksum(partial / STATE))
             if final.exists():  # of the same step before its epoch was closed, or damaged
-                os.replace(final, folder / f".replaced-{secrets.token_hex(8)}")
+                os.replace(final, folder / f".replaced-{final.name}-{secrets.token_hex(8)}")
             os.replace(partial, final)
             sync_folder(folder)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
@@ -202,16 +232,12 @@ class RunFolder:
                 "choose another folder, then resume: the checkpoints before this one are intact."
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._saved_moment = moment
-        leftovers = [*folder.glob(".partial-*"), *self._replaced()]
-        for old in [*self.generations()[KEPT_GENERATIONS:], *leftovers]:
-            shutil.rmtree(old, ignore_errors=True)
-        self.update_mirror()
+            _remove(partial)
 
     def _replaced(self) -> list[Path]:
         """Generations that were moved aside by a process that was then killed."""
-        return [] if self.folder is None else sorted(self.folder.glob(f"{CHECKPOINTS}/.replaced-*"))
+        names = [name for name in self._list_checkpoints() if name.startswith(".replaced-")]
+        return [Path(self.folder or "", CHECKPOINTS, name) for name in sorted(names)]
 
     def load_state(self, *, resume: bool = True) -> dict[str, Any] | None:
         """The state in the newest whole generation of this very run; None where there is none.
@@ -225,6 +251,7 @@ class RunFolder:
             SourceError: there are some, but all are damaged.
         """
         generations = [*self.generations(), *self._replaced()]
+        generations.sort(key=_read_step, reverse=True)  # of one step the regular one comes first
         is_finished = self.folder is not None and (self.folder / METRICS).exists()
         if is_finished and resume and not generations:
             raise InputError(
@@ -246,16 +273,18 @@ class RunFolder:
                 if not _is_whole(generation):
                     raise ValueError(f"{STATE} does not match its checksum")
                 saved = torch.load(generation / STATE, map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-                logger.warning("checkpoint %s is damaged (%s): passed over", generation, error)
+                state: dict[str, Any] = dict(saved["state"])
+                plain, fingerprint = dict(saved["config"]), str(saved["fingerprint"])
+            except Exception as error:  # what torch and its unpickler raise has no common base
+                reason = as_one_line(error)
+                logger.warning("checkpoint %s is damaged (%s): passed over", generation, reason)
                 continue
-            state: dict[str, Any] = saved["state"]
-            config = TrainConfig.from_json(saved["config"])
+            config = TrainConfig.from_json(plain)
             if state.get("epoch") == config.epochs < self._config.epochs:
                 if self._writes:
                     self._announce_extension(config.epochs)
                 config = dataclasses.replace(config, epochs=self._config.epochs)
-            self._check_identity(config, saved["fingerprint"])
+            self._check_identity(config, fingerprint)
             if _GENERATION.fullmatch(generation.name):
                 self._saved_moment = (state.get("epoch"), state.get("step"))
             return state

@@ -6,11 +6,15 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from labkit.runtime import InputError, PrecisionName
+import numpy as np
+
+from labkit.runtime import InputError, PrecisionName, as_one_line
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -29,10 +33,61 @@ _OLD_NAMES: Mapping[str, Mapping[str, str]] = {
 """What settings were called when runs of earlier versions were saved."""
 
 
-def _check_choices(config: object) -> None:
+MAX_INTEGER = 2**63 - 1  # what torch and the files of a run can hold
+MAX_SIZE = 8192  # pixels
+Numbers = tuple[float, float, float]
+KINDS: Mapping[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool | np.bool_), bool),
+    int: ("a whole number", lambda value: _is_number(value, numbers.Integral), int),
+    float: ("a number", lambda value: _is_number(value, numbers.Real), lambda value: value),
+    str: ("a text", lambda value: isinstance(value, str), str),
+    Numbers: (
+        "three numbers",
+        lambda value: (
+            isinstance(value, Sequence)
+            and len(value) == 3
+            and all(_is_number(part, numbers.Real) and math.isfinite(part) for part in value)
+        ),
+        tuple,
+    ),
+    Mapping[str, Any]: ("a dictionary of plain values", lambda value: _is_plain(value), dict),
+}
+"""Of each type of a field: what it is called, whether a value is one, and what is kept of it."""
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """Whether a value, also one of NumPy, is a number of this kind that 64 bits can hold."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, kind):
+        return False
+    return not isinstance(value, numbers.Integral) or abs(int(value)) <= MAX_INTEGER
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        return isinstance(value, Mapping) and bool(json.dumps(dict(value)))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _check_fields(config: object) -> None:
+    """Raise InputError unless every field of a configuration is of its type, or among its choices.
+
+    Numbers of NumPy become those of Python.
+    """
     for name, hint in get_type_hints(type(config)).items():
         choices, value = get_args(hint), getattr(config, name)
-        if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+        if hint in KINDS:
+            kind, is_one, convert = KINDS[hint]
+            if not is_one(value):
+                raise InputError(f"{name} must be {kind}, got {as_one_line(repr(value))}")
+            if type(value) is not hint:
+                value = value.item() if isinstance(value, np.generic) else convert(value)
+                object.__setattr__(config, name, value)
+        elif isinstance(hint, type):
+            if not isinstance(value, hint):
+                got = as_one_line(repr(value))
+                raise InputError(f"{name} must be of {hint.__name__}, got {got}")
+        elif value not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -76,9 +131,11 @@ class AugmentConfig:
     mix_until: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
         for name in ("pad", "cutout", "mixup", "cutmix"):
             _check_range(name, getattr(self, name), 0)
+        for name in ("pad", "cutout"):
+            _check_range(name, getattr(self, name), 0, MAX_SIZE)
         _check_range("erase", self.erase, 0, 1)
         _check_range("mix_until", self.mix_until, 0, 1)
 
@@ -175,13 +232,14 @@ class TrainConfig:
     sync_batch_norm: bool = False
     val_size: int = 0
     seed: int = 0
-    mean: tuple[float, float, float] = CIFAR10_MEAN
-    std: tuple[float, float, float] = CIFAR10_STD
+    mean: Numbers = CIFAR10_MEAN
+    std: Numbers = CIFAR10_STD
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
         for name in ("epochs", "batch_size", "image_size"):
             _check_range(name, getattr(self, name), 1)
+        _check_range("image_size", self.image_size, 1, MAX_SIZE)
         for name in (
             "weight_decay",
             "clip_norm",
@@ -219,6 +277,8 @@ class TrainConfig:
         Raises:
             InputError: a setting is unknown to this version of labkit, or out of range.
         """
+        if not isinstance(plain, Mapping):
+            raise InputError(f"a configuration must be an object of settings, got {plain!r:.60}")
         values = _rename(plain, "config")
         if "warmup_epochs" in values:  # it counted epochs once
             values["warmup"] = values.pop("warmup_epochs") / values.get("epochs", cls.epochs)
@@ -532,7 +592,7 @@ def _parse_setting(owner: type, name: str, text: str) -> Any:
         int: (int, "a whole number"),
         float: (float, "a number"),
         bool: ({"true": True, "false": False}.__getitem__, "true or false"),
-        tuple[float, float, float]: (_parse_triple, "three numbers, separated by commas"),
+        Numbers: (_parse_triple, "three numbers, separated by commas"),
     }
     if hint in (AugmentConfig, Mapping[str, Any]):
         example = "augment.cutmix=1.0" if name == "augment" else "model_options.depth=6"

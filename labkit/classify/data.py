@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from labkit.classify.config import MAX_SIZE
 from labkit.classify.sources import SPLITS, Batch, Source, find_source
-from labkit.files import compute_checksum, get_cache_dir, lock_file, open_atomic, write_json
+from labkit.files import (
+    compute_checksum,
+    get_cache_dir,
+    lock_file,
+    open_atomic,
+    parse_json,
+    write_json,
+)
 from labkit.images import (
     check_above_8_bits,
     is_32_bit,
@@ -235,8 +242,8 @@ def load_data(source: str = "hub", *, cache: Path | None = None, image_size: int
         SourceError: it could not be fetched or read, or the cache could not be written. Another
             source is never taken in its place.
     """
-    if image_size < 1:
-        raise InputError(f"image_size must be at least 1, got {image_size}")
+    if not 1 <= image_size <= MAX_SIZE:
+        raise InputError(f"image_size must be at least 1, at most {MAX_SIZE}, got {image_size}")
     cache = cache or get_cache_dir()
     origin = find_source(source, cache=cache, image_size=image_size)
     for remark in origin.remarks:
@@ -260,7 +267,7 @@ def _load_cache(folder: Path) -> list[Split] | None:
     if not manifest.exists():
         return None
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = parse_json(manifest.read_bytes())
         for name, digest in content["sha256"].items():
             if compute_checksum(folder / name) != digest:
                 raise ValueError(f"{name} has changed")

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,7 +162,7 @@ def fit(
                 pretrained=saved is None,
             )
             if saved is not None:
-                state.restore(saved)
+                _restore(state, saved, folder)
             # While a finished run is given more epochs, its folder describes what is finished.
             if folder.folder is None or not (folder.folder / METRICS).exists():
                 folder.save_config()
@@ -194,6 +195,17 @@ def fit(
             run.save()
             folder.finish_mirror()
     return run
+
+
+def _restore(state: TrainState, saved: dict[str, Any], folder: RunFolder) -> None:
+    """Let `state` become what was saved, or say that it is of another network or optimiser."""
+    try:
+        state.restore(saved)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"the checkpoints in {folder.folder} do not fit this network and optimiser "
+            f"({as_one_line(error)}); use those that they were written of, or another folder"
+        ) from error
 
 
 def _advise_on_mixing(config: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from labkit.files import (
     compute_checksum,
     describe_unreadable,
     open_atomic,
+    parse_json,
     write_json,
     write_json_lines,
 )
@@ -45,6 +45,7 @@ from labkit.runtime import (
     measure_peak_memory,
     pick_device,
     resolve_precision,
+    use_seed,
 )
 
 if TYPE_CHECKING:
@@ -481,7 +482,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         SourceError: it cannot be read.
     """
     return _read(
-        folder / HISTORY, lambda text: [dict(json.loads(line)) for line in text.splitlines()]
+        folder / HISTORY, lambda text: [dict(parse_json(line)) for line in text.splitlines()]
     )
 
 
@@ -604,8 +605,8 @@ def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
             f"{folder} holds no finished run ({', '.join(missing)} missing); "
             "train one with: labkit train --out FOLDER"
         )
-    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(json.loads(text)))
-    saved = _read(folder / METRICS, lambda text: dict(json.loads(text)))
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(parse_json(text)))
+    saved = _read(folder / METRICS, lambda text: dict(parse_json(text)))
     return config, saved
 
 
@@ -626,7 +627,8 @@ def _load_weights(
     if digest is not None and compute_checksum(folder / WEIGHTS) != digest:
         raise _describe_damage(folder / WEIGHTS, ValueError("it is not what metrics.json names"))
     if model is None:
-        model = create_from_config(config, num_classes, pretrained=False)
+        with use_seed(config.seed):  # its first weights are drawn, and then replaced
+            model = create_from_config(config, num_classes, pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except SafetensorError as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import os
+import pickle  # nosec B403: read by _ArrayUnpickler alone, which builds nothing but arrays
 import re
 import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -25,9 +27,11 @@ from numpy.typing import NDArray
 from labkit.files import (
     compute_checksum,
     compute_checksums,
+    describe_unreadable,
     download,
     download_from_hub,
     hash_file,
+    parse_json,
 )
 from labkit.images import is_system_file, list_images, open_image, to_rgb
 from labkit.runtime import InputError, SourceError, as_one_line
@@ -243,8 +247,14 @@ def _choose_folder(root: Path, split: str) -> str:
 
 def _choose_parquet(folder: Path, split: str) -> tuple[str, list[Path]]:
     """What a split is called in the parquet files of `folder`, and its files."""
+    try:
+        found = sorted(entry.name for entry in os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    except OSError as error:
+        raise describe_unreadable(folder, error) from error
     for name in SPLIT_NAMES[split]:
-        if files := sorted(folder.glob(f"{name}-*.parquet")):
+        if files := [folder / file for file in found if fnmatch(file, f"{name}-*.parquet")]:
             return name, files
     return "", []
 
@@ -508,7 +518,7 @@ def _check_parquet(path: Path) -> tuple[int, tuple[str, ...] | None]:
             schema = parquet.schema_arrow
             image_column, label_column = _choose_columns(schema.names)
             labels = parquet.read(columns=[label_column]).column(label_column)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what the readers of parquet raise has no common base
         raise _describe_damage(path, error) from error
     if not pa.types.is_integer(labels.type) or labels.null_count:
         raise InputError(f"{path}: column {label_column!r} must hold whole numbers without gaps")
@@ -519,7 +529,7 @@ def _check_parquet(path: Path) -> tuple[int, tuple[str, ...] | None]:
             f"{path}: column {image_column!r} must hold encoded images in a field 'bytes'"
         )
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return len(labels), tuple(map(str, features[label_column]["names"]))
     except (KeyError, TypeError, ValueError):
         return len(labels), None

@@ -43,13 +43,14 @@ def init_whitening(conv: nn.Conv2d, images: Tensor, epsilon: float = 5e-4) -> No
         epsilon: keeps directions that hardly vary from being blown up.
 
     Raises:
-        InputError: no images, or images of another shape.
+        InputError: no images, or images of another shape, or `conv` has no bias.
     """
     if images.dim() != 4 or images.shape[1] != 3 or min(images.shape) == 0:
         raise InputError(
             f"whitening needs normalised images (N, 3, H, W), got {tuple(images.shape)}"
         )
-    assert conv.bias is not None
+    if conv.bias is None:
+        raise InputError("whitening needs a convolution with a bias")
     mean, covariance = compute_patch_moments(images)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     filters = (eigenvectors / (eigenvalues.clamp(min=0) + epsilon).sqrt()).T.flip(0)  # (12, 12)

@@ -11,7 +11,6 @@ Expressions (RefCOCO), 2016; Liu et al., GRES (gRefCOCO), 2023; Wu et al., Phras
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import describe_unreadable
+from labkit.files import describe_unreadable, parse_json
 from labkit.images import list_images, load_image, open_image
 from labkit.runtime import InputError, as_one_line
 from labkit.segment.instances import label_components
@@ -311,7 +310,7 @@ def _find_json(path: Path) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise describe_unreadable(path, error) from error
     except ValueError as error:

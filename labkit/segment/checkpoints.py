@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from labkit.files import download_from_hub, has_digest
+from labkit.files import download_from_hub, has_digest, parse_json
 from labkit.runtime import InputError, SourceError, as_one_line, find_root_cause
 
 _logger = logging.getLogger(__name__)
@@ -271,7 +270,7 @@ def _load_demo() -> Profile:
     path = _ASSETS / "demo.json"
     if not path.is_file():
         raise SourceError(f"there is no {path}; install labkit anew, its assets are missing")
-    facts = json.loads(path.read_text())
+    facts = parse_json(path.read_bytes())
     return Profile(
         clipseg=Checkpoint(source=str(_ASSETS / "clipseg-tiny"), digest=facts["clipseg"]),
         sam2={
@@ -405,7 +404,7 @@ def _find_presence(checkpoint: Checkpoint) -> PresenceModel | None:
     if not path.is_file():
         return None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_bytes())
         facts = facts.get("presence", facts)
         values = {each.name: float(facts[each.name]) for each in fields(PresenceModel)}
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:

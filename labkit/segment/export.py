@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.files import open_atomic, write_json
+from labkit.files import open_atomic, parse_json, write_json
 from labkit.images import ImageSource
 from labkit.runtime import InputError, SourceError
 from labkit.segment.masks import join_rings, measure_area, trace_mask
@@ -459,7 +459,7 @@ def read_saved(
         True
     """
     try:
-        document: dict[str, Any] = json.loads((folder / FORMATS["coco"].path).read_text("utf-8"))
+        document: dict[str, Any] = parse_json((folder / FORMATS["coco"].path).read_bytes())
         (image,) = document["images"]
         is_same = (
             image["file_name"] == file_name

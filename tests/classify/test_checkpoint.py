@@ -97,6 +97,54 @@ def test_a_kill_between_two_renames_loses_nothing(
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-6"]
 
 
+def test_what_was_moved_aside_by_a_killed_process_comes_before_older_generations(
+    tmp_path: Path,
+) -> None:
+    folder = run_folder(tmp_path)
+    for step in (4, 5):
+        folder.save_state({"value": step}, step)
+    newest = folder.generations()[0]
+    newest.rename(newest.with_name(".replaced-step-5-0123456789abcdef"))
+    assert run_folder(tmp_path).load_state() == {"value": 5}
+    folder.save_state({"value": 6}, 5)
+    assert run_folder(tmp_path).load_state() == {"value": 6}
+
+
+def test_a_lock_cleans_up_after_killed_processes_and_nothing_else(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": 1}, 1)
+    left = [".metrics.json.0123456789abcdef", "checkpoints/.partial-0123456789abcdef"]
+    (tmp_path / left[0]).write_bytes(b"half")
+    (tmp_path / left[1]).mkdir()
+    (tmp_path / left[1] / "state.pt").write_bytes(b"half")
+    (tmp_path / ".mine").touch()
+    with run_folder(tmp_path, is_main_process=False).lock():
+        assert all((tmp_path / name).exists() for name in left)
+    with folder.lock():
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoints"]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    assert folder.load_state() == {"value": 1}
+
+
+def test_a_generation_that_stands_whole_is_cleaned_up_around(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"epoch": 1, "step": 0, "value": 1}, 5)
+    (tmp_path / CHECKPOINTS / ".replaced-step-5-0123456789abcdef").write_text("a file")
+    folder.save_state({"epoch": 1, "step": 0, "value": 1}, 5)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-5"]
+
+
+@pytest.mark.parametrize("content", [5, [1], {"state": 1}, {"state": {}, "config": 1}])
+def test_a_checkpoint_of_another_shape_is_damaged(content: object, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.save_state({"value": 1}, 1)
+    folder.save_state({"value": 2}, 2)
+    newest = folder.generations()[0]
+    torch.save(content, newest / "state.pt")
+    (newest / "checksum.txt").write_text(compute_checksum(newest / "state.pt"))
+    assert folder.load_state() == {"value": 1}
+
+
 def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")
@@ -118,12 +166,12 @@ def test_checkpoints_that_cannot_be_read_are_an_error_and_no_new_start(
 
 
 def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path: Path) -> None:
-    for name in ("step-", "step-one", "step-5-copy", "steps"):
+    for name in ("step-", "step-one", "step-5-copy", "steps", "step-07", "step-५"):
         (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
     folder = run_folder(tmp_path)
     assert folder.load_state() is None
     folder.save_state({"value": 1}, 5)
-    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 5
+    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 7
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(

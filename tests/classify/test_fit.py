@@ -832,6 +832,17 @@ def test_a_run_of_own_things_resumes_bit_for_bit(
     assert_same_weights(resumed.model, whole.model)
 
 
+def test_a_run_of_own_things_is_not_resumed_with_others(
+    squares: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 2)
+        fit_own(squares, out=tmp_path, save_every=0)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(16 * 16 * 3, 3))
+    with pytest.raises(InputError, match="do not fit this network and optimiser"):
+        fit_own(squares, model=other, out=tmp_path, resume=True)
+
+
 def test_a_run_of_own_things_is_loaded_with_them(squares: ImageData, tmp_path: Path) -> None:
     run = fit_own(squares, out=tmp_path)
     data = ImageData.from_splits(OwnDataset(squares.train), OwnDataset(squares.test))

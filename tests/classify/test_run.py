@@ -212,6 +212,15 @@ def test_a_run_says_what_it_was_measured_on(
     assert changed.facts["data_fingerprint"] == run.data.fingerprint
 
 
+def test_loading_a_run_leaves_random_generators_as_found(
+    run: Run, squares: ImageData, tmp_path: Path
+) -> None:
+    run.save(tmp_path)
+    before = torch.get_rng_state()
+    load_run(tmp_path, data=squares)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_flipped_bit_in_the_weights_is_noticed(run: Run, tmp_path: Path) -> None:
     assert run.folder is not None
     copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
