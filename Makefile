@@ -58,8 +58,8 @@ $(READY): requirements.txt requirements-sam2.txt constraints.txt pyproject.toml
 	@echo "Setting up $(VENV): up to 6 GB from the package index, mostly the CUDA build of torch; minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt setuptools wheel torch
-	$(PIP) --no-build-isolation -r requirements.txt
 	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation --no-deps --require-hashes -r requirements-sam2.txt
+	$(PIP) --no-build-isolation -r requirements.txt
 	touch $@
 
 clean:
