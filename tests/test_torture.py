@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 SHORT = (
     *("13 kill at system calls", "14 damaged checkpoints", "14 failing disks", "15 downloads"),
     *("16 odd images", "16 fuzzed images", "17 addresses", "17 archives", "17 weights"),
-    *("18 numbers", "19 global state", "20 trainings"),
+    *("18 numbers", "20 trainings"),
 )
-"""The lines that take a few seconds; the others are killed or trained too long for a test."""
+"""The lines that take a few seconds; the others take too long for a test."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="traces processes as Linux does")
 
