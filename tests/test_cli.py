@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -414,30 +413,6 @@ def test_a_folder_goes_on_where_it_was_left(
     capsys.readouterr()
     assert not segment_all(monkeypatch, *arguments)
     assert "1 of 2 images are finished already" in capsys.readouterr().out
-
-
-def test_processes_of_torchrun_share_a_folder(scenes: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "labkit", "segment", str(scenes), "--prompt", "star"]
-    command += ["--profile", "demo", "--device", "cpu", "--out", str(tmp_path)]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=250)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert "0.png" in told[0] and "1.png" not in told[0]
-    assert "1.png" in told[1] and "0.png" not in told[1]
-    document = json.loads((tmp_path / "masks.json").read_text())
-    assert [image["file_name"] for image in document["images"]] == ["0.png", "1.png"]
 
 
 def test_one_image_is_saved_in_the_formats_that_are_asked_for(
