@@ -1610,6 +1610,12 @@ def run_line(name: str, quick: bool, seconds: float = float("inf")) -> dict[str,
     }
 
 
+def describe_missing(name: str) -> dict[str, Any]:
+    """The row of a line that was not run."""
+    row = {"line": name, "what": LINES[name][0], "tried": 0, "failed": 0, "failures": []}
+    return {**row, "figures": {"not_run": "not measured"}, "seconds": 0.0}
+
+
 def main() -> None:
     """Run the lines that are missing, and write each as it ends."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -1630,9 +1636,8 @@ def main() -> None:
     if arguments.images:
         FOLDER_IMAGES[:] = [arguments.images]
     out = arguments.out or RESULT
-    rows = (
-        {row["line"]: row for row in json.loads(out.read_text())["lines"]} if out.exists() else {}
-    )
+    saved = json.loads(out.read_text())["lines"] if out.exists() else []
+    rows = {row["line"]: row for row in saved if "not_run" not in row["figures"]}
     words = [word for word in arguments.lines.split(",") if word] or [""]
     for name in LINES:
         if any(word in name for word in words) and (arguments.again or name not in rows):
@@ -1641,7 +1646,7 @@ def main() -> None:
             print(f"  {row['failed']} of {row['tried']} failed, {row['seconds']} s", flush=True)
             for failure in row["failures"][:5]:
                 print(f"    {failure[:300]}", flush=True)
-            lines = [rows[line] for line in LINES if line in rows]
+            lines = [rows.get(line) or describe_missing(line) for line in LINES]
             with contextlib.redirect_stdout(io.StringIO()):
                 write_result(out, {"quick": arguments.quick, "lines": lines})
     failed = [name for name, row in rows.items() if row["failed"]]

@@ -427,7 +427,8 @@ def check_installed() -> None:
         raise SourceError(
             f"segmentation needs {', '.join(missing)}: in a clone of labkit, "
             "pip install '.[segment]', then "
-            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps sam2"
+            "SAM2_BUILD_CUDA=0 pip install --no-build-isolation --no-deps --require-hashes "
+            "-r requirements-sam2.txt"
         )
 
 

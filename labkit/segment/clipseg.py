@@ -320,7 +320,9 @@ class ClipSeg:
 
         folder = checkpoint.fetch_folder()
         try:
-            processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
+            processor = CLIPSegProcessor.from_pretrained(  # nosec B615: a folder, verified before
+                folder, local_files_only=True
+            )
             model = _load_quietly(CLIPSegForImageSegmentation, folder)
             known, needed = len(processor.tokenizer), model.config.text_config.vocab_size
             if known != needed:

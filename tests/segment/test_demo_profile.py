@@ -97,7 +97,8 @@ def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     find_spec = checkpoints.find_spec
     monkeypatch.setattr(checkpoints, "find_spec", lambda n: None if n == "sam2" else find_spec(n))
     with pytest.raises(
-        SourceError, match=r"needs sam2: in a clone of labkit, pip install .*--no-deps sam2"
+        SourceError,
+        match=r"needs sam2: in a clone of labkit, pip install .*-r requirements-sam2.txt",
     ):
         TextSegmenter.from_profile("demo")
 
