@@ -23,7 +23,7 @@ from labkit.classify.data import ImageData, ImagesAndLabels, Split, load_data, t
 from labkit.classify.evaluate import evaluate, predict_logits
 from labkit.classify.metrics import compute_nll
 from labkit.classify.models import create_from_config
-from labkit.classify.optim import Lookahead, create_optimizer
+from labkit.classify.optim import Lookahead, create_optimizer, get_lr
 from labkit.classify.run import Run, collect_facts
 from labkit.classify.speednet import SpeedNet
 from labkit.classify.trainer import (
@@ -487,7 +487,7 @@ def _close_epoch(trainer: Trainer, state: TrainState, validation: Split | None) 
         "epoch": state.epoch + 1,
         "train_loss": loss / seen,
         "train_accuracy": correct / seen,
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": get_lr(state.optimizer),
         "seconds": seconds,
         "images_per_second": seen / seconds,
     }

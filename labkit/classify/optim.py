@@ -212,6 +212,12 @@ def set_lr(optimizer: Optimizer, factor: float, progress: float = 0.0) -> None:
         group["lr"] = group["peak_lr"] * factor if progress < group.get("until", 1.0) else 0.0
 
 
+def get_lr(optimizer: Optimizer) -> float:
+    """The learning rate of the first group whose time lasts to the end of the run."""
+    groups = optimizer.param_groups
+    return float(next((g for g in groups if g.get("until", 1.0) == 1), groups[0])["lr"])
+
+
 def set_momentum(optimizer: Optimizer, momentum: float) -> None:
     """Give every group this momentum; of AdamW it is beta 1."""
     for group in optimizer.param_groups:

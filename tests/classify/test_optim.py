@@ -14,6 +14,7 @@ from labkit.classify.optim import (
     create_optimizer,
     find_hidden_matrices,
     find_stem_bias,
+    get_lr,
     lr_at,
     lr_factor,
     momentum_at,
@@ -263,6 +264,7 @@ def test_the_bias_of_the_stem_is_trained_for_its_share_of_the_run_alone() -> Non
     assert group["lr"] == 0
     others = [g["lr"] for g in optimizer.param_groups if g is not group]
     assert sorted(set(others)) == [0.75, 48.0]
+    assert get_lr(optimizer) == 0.75
 
 
 def test_layer_decay_gives_the_rates_that_timm_gives() -> None:
