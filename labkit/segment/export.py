@@ -74,7 +74,8 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
 
     Each annotation has its four scores apart, and none called `score`: a product of unlike things
     is no confidence. `sentences` says of each sentence whether it is present, why not, and in
-    `suggestions`, if there are any, which other forms of it would be. Where presence was assumed,
+    `suggestions`, if there are any, which other forms of it would be; in `detector_score`, if a
+    detector was asked, how sure it is. Where presence was assumed,
     `assumed` is true and `present` is null, since nothing was judged.
 
     Args:
@@ -119,6 +120,11 @@ def to_coco(segmentation: Segmentation, name: str) -> dict[str, Any]:
                 **({"assumed": True} if result.assumed else {}),
                 "presence": result.presence,
                 "reason": result.reason,
+                **(
+                    {}
+                    if result.detector_score is None
+                    else {"detector_score": result.detector_score}
+                ),
                 **({"suggestions": dict(result.suggestions)} if result.suggestions else {}),
             }
             for result in segmentation.sentences

@@ -23,6 +23,7 @@ from labkit.segment.checkpoints import (
     get_profile,
 )
 from labkit.segment.clipseg import ClipSeg, EncodedImage, normalize_sentence, vary_sentence
+from labkit.segment.detectors import Detector, detect_boxes, load_detector
 from labkit.segment.export import get_file_name
 from labkit.segment.generate import Thresholds, generate_masks, init_queries
 from labkit.segment.masks import Candidate, encode_mask, upsample_mask
@@ -64,8 +65,9 @@ class TextSegmenter:
         templates: Sequence[str] = ("{}",),
         note: str = "",
         models: Mapping[str, str] | None = None,
+        detector: Detector | None = None,
     ) -> None:
-        self.clipseg, self.sam2 = clipseg, sam2
+        self.clipseg, self.sam2, self.detector = clipseg, sam2, detector
         self.presence, self.templates = presence, tuple(templates)
         self.note, self.models = note, dict(models or {})
         self._hinted: set[str] = set()  # sentences that a hint was given for
@@ -77,6 +79,7 @@ class TextSegmenter:
         *,
         clipseg: str | Checkpoint | None = None,
         sam2: str | Sam2Checkpoint | None = None,
+        detector: str | Detector | None = None,
         device: str = "auto",
     ) -> TextSegmenter:
         """Load a segmenter with the weights of a profile.
@@ -89,6 +92,9 @@ class TextSegmenter:
             sam2: the size of SAM-2, for "full" one of tiny, small, base-plus and large; or a SAM-2
                 of your own: a folder, a file, a repository of the hub, or a `Sam2Checkpoint`; see
                 `labkit.segment.checkpoints.find_sam2`.
+            detector: "mm-grounding-dino" or "owlv2", whose boxes join the prompts of the heat map,
+                see `labkit.segment.detectors.fuse_prompts`; or a detector of your own, see
+                `labkit.segment.detectors`. None or "none" for none: no figure here favours another.
             device: auto, cpu, cuda or cuda:N.
 
         Raises:
@@ -99,13 +105,20 @@ class TextSegmenter:
         weights = get_profile(profile) if isinstance(profile, str) else profile
         weights = weights.replace_weights(clipseg=clipseg, sam2=sam2)
         checkpoint, torch_device = weights.get_sam2(), pick_device(device)
+        if isinstance(detector, str):
+            detector = None if detector == "none" else load_detector(detector, torch_device)
         return cls(
             ClipSeg.from_checkpoint(weights.clipseg, torch_device),
             Sam2.from_checkpoint(checkpoint, torch_device),
             presence=weights.presence,
             templates=weights.templates,
             note=weights.note,
-            models={"CLIPSeg": weights.clipseg.name, "SAM-2": checkpoint.name},
+            models={
+                "CLIPSeg": weights.clipseg.name,
+                "SAM-2": checkpoint.name,
+                **({"detector": detector.name} if detector else {}),
+            },
+            detector=detector,
         )
 
     def __call__(
@@ -271,6 +284,8 @@ class TextSegmenter:
             ]
             for stack in (evidence, measure_evidence(unwanted, wanted))
         )
+        detections = detect_boxes(self.detector, image, sentences) if self.detector else None
+        scale = (wanted.shape[2] / image.shape[1], wanted.shape[1] / image.shape[0])
         queries = init_queries(
             sentences,
             wanted,
@@ -280,10 +295,13 @@ class TextSegmenter:
             low_res_size=self.sam2.low_res_size,
             absolute=not assume_present,
             box_threshold=thresholds.box,
+            detections=detections and [each.scale(*scale) for each in detections],
         )
         features = None
         results = []
-        for query, heat, query_evidence in zip(queries, wanted, evidence, strict=True):
+        for index, (query, heat, query_evidence) in enumerate(
+            zip(queries, wanted, evidence, strict=True)
+        ):
             if query.pending:
                 features = features or self.sam2.encode(image)
                 query = generate_masks(self.sam2, features, query, thresholds)
@@ -305,6 +323,7 @@ class TextSegmenter:
                 objects=(),
                 size=(image.shape[0], image.shape[1]),
                 assumed=presence.assumed,
+                detector_score=detections[index].score if detections else None,
             )
             if result.present:
                 result = _add_objects(result, query.candidates, thresholds)
