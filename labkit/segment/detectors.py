@@ -38,8 +38,9 @@ from labkit.segment.prompts import Prompt, make_mask_logits, pick_points
 _logger = logging.getLogger(__name__)
 
 _SAME_OBJECT = 0.7  # IoU from which the less sure of two boxes repeats the other
-_LEAST_HEAT = 0.1  # share of a box that must be hot: less is the edge of something beside it
-_COVERED = 0.5  # share of an instance from which the boxes speak for it
+_LEAST_HEAT = 0.1  # share of a box that must be hot: less is something smaller, or beside it
+_HELD = 0.8  # share of an instance that a box must have inside to speak for all of it
+_COVERED = 0.5  # share of an instance that boxes must claim for it to need no prompt of its own
 _NUM_FOREGROUND = 3  # as many points as `make_prompts` gives
 _LONGEST_SHAPE = 20  # longer side over shorter one: GroundingDINO has too few tokens beyond
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -187,16 +188,19 @@ def fuse_prompts(
 ) -> list[Prompt]:
     """Join the prompts of a heat map with the boxes of a detector for the same sentence.
 
-    Each box, the surest first, takes the hot ground inside it that no surer box has taken: where
-    the map reaches `box_threshold` of its peak, and the regions of the prompts. If that is less
-    than a tenth of the box, the box makes no prompt. Otherwise it becomes a box prompt, whose
-    points and mask prompt come from the map:
+    An instance of the map is held by the box that has four fifths of its region inside; of several,
+    by the one that is most like the instance's own box. Then each box, the surest first, claims
+    hot ground, which is where the map reaches `box_threshold` of its peak, and the regions:
 
-    - if it holds all of one instance and nothing else, that instance keeps its own;
-    - if not, they are drawn anew from the ground inside the box.
+    - a box that holds one instance replaces its box prompt, and nothing else;
+    - one that holds several claims them all, for one prompt;
+    - one that holds none claims the hot ground inside it that no other box holds or claimed.
 
-    An instance keeps its prompt as it was if less than half of its region was taken. Its presence
-    is not decided here: call this only for sentences that count as true of the image.
+    In the last two cases points and mask prompt are drawn anew from the map on the claimed ground.
+    A box of which less than a tenth is such ground makes no prompt. An instance keeps its prompt
+    as it was if less than half of its region was claimed.
+
+    Whether the sentence is present is not decided here: call this only for those that are.
 
     Args:
         prompts: from `labkit.segment.prompts.make_prompts`.
@@ -219,38 +223,53 @@ def fuse_prompts(
         [[4.0, 3.0, 16.0, 15.0], [25.0, 5.0, 35.0, 15.0]]
     """
     shares = scale_to_peak(heat)
-    free = shares >= box_threshold
-    for prompt in prompts:
-        free |= prompt.region
-    taken = np.zeros_like(free)
+    regions = np.array([prompt.region for prompt in prompts], bool).reshape(-1, *shares.shape)
+    hot = (shares >= box_threshold) | regions.any(axis=0)
+    holders = _find_holders(prompts, detections.boxes)
+    claimed = np.zeros_like(hot)
     fused = []
     for index in np.argsort(-detections.scores, kind="stable"):
-        box = detections.boxes[index]
-        inside = _fill_box(box, free.shape)
-        ground = inside & free
+        box, held = detections.boxes[index], holders == index
+        inside = _fill_box(box, hot.shape)
+        others = claimed | regions[(holders >= 0) & ~held].any(axis=0)
+        ground = regions[held].any(axis=0) if held.any() else inside & hot & ~others
         if not ground.any() or ground.sum() < _LEAST_HEAT * inside.sum():
             continue
-        owners = [prompt for prompt in prompts if (prompt.region & ground).any()]
-        if len(owners) == 1 and (owners[0].region == ground).all():
-            fused.append(replace(owners[0], box=box))
+        owners = [p for p in prompts if (p.region & ground).any()]
+        if held.sum() == 1:
+            fused.append(replace(prompts[int(held.argmax())], box=box))
         else:
             fused.append(
                 Prompt(
                     **_pick_all_points(ground, shares, owners),
                     box=box,
                     mask_logits=make_mask_logits(
-                        shares, inside & ~taken, low_res_size, threshold=box_threshold
+                        shares, inside & ~others, low_res_size, threshold=box_threshold
                     ),
                     region=ground,
                 )
             )
-        free &= ~ground
-        taken |= ground
+        claimed |= ground
     return fused + [
         prompt
         for prompt in prompts
-        if (prompt.region & taken).sum() < _COVERED * prompt.region.sum()
+        if (prompt.region & claimed).sum() < _COVERED * prompt.region.sum()
     ]
+
+
+def _find_holders(prompts: Sequence[Prompt], boxes: Floats) -> NDArray[np.int64]:
+    """For each prompt the position of the box (N, 4) that holds its region; -1 if none does."""
+    holders = np.full(len(prompts), -1)
+    for number, prompt in enumerate(prompts):
+        area = prompt.region.sum()
+        holding = [
+            index
+            for index, box in enumerate(boxes)
+            if (prompt.region & _fill_box(box, prompt.region.shape)).sum() >= _HELD * area
+        ]
+        if holding:
+            holders[number] = holding[int(_measure_ious(prompt.box, boxes[holding]).argmax())]
+    return holders
 
 
 def _pick_all_points(ground: Mask, shares: Heat, owners: Sequence[Prompt]) -> dict[str, Any]:

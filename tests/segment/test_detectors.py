@@ -474,6 +474,26 @@ def test_two_boxes_in_one_instance_make_two_prompts_with_points_and_masks_of_the
         assert left - 1 <= hot.min() and hot.max() <= right
 
 
+def test_boxes_that_reach_into_each_others_instance_leave_it_to_the_one_that_holds_it() -> None:
+    boxes = ((4, 4, 27, 16), (13, 4, 37, 16))
+    prompts, fused = fuse(two_squares(), *boxes, scores=(0.9, 0.6))
+    assert [prompt.box.tolist() for prompt in fused] == [list(box) for box in boxes]
+    assert all(same_but_box(new, old) for new, old in zip(fused, prompts, strict=True))
+
+
+def test_a_box_around_all_leaves_the_instances_to_the_boxes_that_fit_them() -> None:
+    boxes = ((4, 4, 36, 16), (4, 4, 16, 16), (24, 4, 36, 16))  # a crowd, two persons
+    _, fused = fuse(two_squares(), *boxes, scores=(0.9, 0.5, 0.4))
+    assert [prompt.box.tolist() for prompt in fused] == [list(box) for box in boxes[1:]]
+
+
+def test_a_box_that_is_much_larger_than_its_heat_makes_no_prompt() -> None:
+    heat = np.zeros((20, 40))
+    heat[8:12, 10:20] = 0.8  # 40 pixels of 800
+    prompts, fused = fuse(heat, (0, 0, 40, 20))
+    assert len(prompts) == 1 and fused == prompts
+
+
 def test_the_surer_box_takes_the_ground_and_one_inside_it_makes_no_prompt() -> None:
     boxes = ((6, 6, 10, 10), (4, 4, 16, 16))  # a head, a person
     _, fused = fuse(two_squares(), *boxes, scores=(0.4, 0.6))
