@@ -194,7 +194,9 @@ def fuse_prompts(
 
     - a box that holds one instance replaces its box prompt, and nothing else;
     - one that holds several claims them all, for one prompt;
-    - one that holds none claims the hot ground inside it that no other box holds or claimed.
+    - one that holds none claims the hot ground inside it that no other box holds or claimed. What
+      it shares with a less sure one goes to the box in which it lies deeper, as a share of the
+      box's size; unless that one lies within the surer, as a head does within a person.
 
     In the last two cases points and mask prompt are drawn anew from the map on the claimed ground.
     A box of which less than a tenth is such ground makes no prompt. An instance keeps its prompt
@@ -228,11 +230,21 @@ def fuse_prompts(
     holders = _find_holders(prompts, detections.boxes)
     claimed = np.zeros_like(hot)
     fused = []
-    for index in np.argsort(-detections.scores, kind="stable"):
+    order = np.argsort(-detections.scores, kind="stable")
+    for rank, index in enumerate(order):
         box, held = detections.boxes[index], holders == index
         inside = _fill_box(box, hot.shape)
         others = claimed | regions[(holders >= 0) & ~held].any(axis=0)
-        ground = regions[held].any(axis=0) if held.any() else inside & hot & ~others
+        if held.any():
+            ground = regions[held].any(axis=0)
+        else:
+            ground = inside & hot & ~others
+            depth = _measure_depth(box, hot.shape)
+            for rival in detections.boxes[np.setdiff1d(order[rank + 1 :], holders)]:
+                rival_inside = _fill_box(rival, hot.shape)
+                shared = inside & rival_inside
+                if shared.sum() < _HELD * rival_inside.sum():
+                    ground &= ~shared | (depth >= _measure_depth(rival, hot.shape))
         if not ground.any() or ground.sum() < _LEAST_HEAT * inside.sum():
             continue
         owners = [p for p in prompts if (p.region & ground).any()]
@@ -291,6 +303,16 @@ def _fill_box(box: Floats, shape: tuple[int, ...]) -> Mask:
     mask = np.zeros(shape, dtype=bool)
     mask[top:bottom, left:right] = True
     return mask
+
+
+def _measure_depth(box: Floats, shape: tuple[int, ...]) -> Floats:
+    """How deep each pixel (H, W) lies in a box: 0.5 in its middle, 0 on its edge, less outside."""
+    rows, columns = np.indices(shape) + 0.5
+    middle, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    depth: Floats = 0.5 - np.maximum(
+        np.abs(columns - middle[0]) / size[0], np.abs(rows - middle[1]) / size[1]
+    )
+    return depth
 
 
 def _clip(boxes: Floats, size: tuple[int, int]) -> Floats:

@@ -494,6 +494,17 @@ def test_a_box_that_is_much_larger_than_its_heat_makes_no_prompt() -> None:
     assert len(prompts) == 1 and fused == prompts
 
 
+def test_ground_that_two_boxes_share_goes_to_the_one_in_which_it_lies_deeper() -> None:
+    heat = np.zeros((20, 40))
+    heat[5:15, 5:35] = 0.8
+    _, fused = fuse(heat, (5, 5, 25, 15), (15, 5, 35, 15), scores=(0.9, 0.5))
+    assert [prompt.box.tolist() for prompt in fused] == [[5, 5, 25, 15], [15, 5, 35, 15]]
+    assert [np.flatnonzero(prompt.region[10])[[0, -1]].tolist() for prompt in fused] == [
+        [5, 19],
+        [20, 34],
+    ]
+
+
 def test_the_surer_box_takes_the_ground_and_one_inside_it_makes_no_prompt() -> None:
     boxes = ((6, 6, 10, 10), (4, 4, 16, 16))  # a head, a person
     _, fused = fuse(two_squares(), *boxes, scores=(0.4, 0.6))
