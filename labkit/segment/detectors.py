@@ -188,9 +188,10 @@ def fuse_prompts(
 ) -> list[Prompt]:
     """Join the prompts of a heat map with the boxes of a detector for the same sentence.
 
-    An instance of the map is held by the box that has four fifths of its region inside; of several,
-    by the one that is most like the instance's own box. Then each box, the surest first, claims
-    hot ground, which is where the map reaches `box_threshold` of its peak, and the regions:
+    An instance of the map is held by the box that has four fifths of its region inside and is not
+    more than ten times as large; of several, by the one most like the instance's own box. Then
+    each box, the surest first, claims hot ground, which is where the map reaches `box_threshold`
+    of its peak, and the regions:
 
     - a box that holds one instance replaces its box prompt, and nothing else;
     - one that holds several claims them all, for one prompt;
@@ -243,7 +244,8 @@ def fuse_prompts(
             for rival in detections.boxes[np.setdiff1d(order[rank + 1 :], holders)]:
                 rival_inside = _fill_box(rival, hot.shape)
                 shared = inside & rival_inside
-                if shared.sum() < _HELD * rival_inside.sum():
+                is_within = shared.sum() >= _HELD * rival_inside.sum()
+                if not is_within and (shared & ground).any():
                     ground &= ~shared | (depth >= _measure_depth(rival, hot.shape))
         if not ground.any() or ground.sum() < _LEAST_HEAT * inside.sum():
             continue
@@ -273,12 +275,12 @@ def _find_holders(prompts: Sequence[Prompt], boxes: Floats) -> NDArray[np.int64]
     """For each prompt the position of the box (N, 4) that holds its region; -1 if none does."""
     holders = np.full(len(prompts), -1)
     for number, prompt in enumerate(prompts):
-        area = prompt.region.sum()
-        holding = [
-            index
-            for index, box in enumerate(boxes)
-            if (prompt.region & _fill_box(box, prompt.region.shape)).sum() >= _HELD * area
-        ]
+        holding = []
+        for index, box in enumerate(boxes):
+            inside = _fill_box(box, prompt.region.shape)
+            shared = (prompt.region & inside).sum()
+            if shared >= _HELD * prompt.region.sum() and shared >= _LEAST_HEAT * inside.sum():
+                holding.append(index)
         if holding:
             holders[number] = holding[int(_measure_ious(prompt.box, boxes[holding]).argmax())]
     return holders
@@ -307,11 +309,10 @@ def _fill_box(box: Floats, shape: tuple[int, ...]) -> Mask:
 
 def _measure_depth(box: Floats, shape: tuple[int, ...]) -> Floats:
     """How deep each pixel (H, W) lies in a box: 0.5 in its middle, 0 on its edge, less outside."""
-    rows, columns = np.indices(shape) + 0.5
     middle, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    depth: Floats = 0.5 - np.maximum(
-        np.abs(columns - middle[0]) / size[0], np.abs(rows - middle[1]) / size[1]
-    )
+    across = np.abs(np.arange(shape[1]) + 0.5 - middle[0]) / size[0]
+    down = np.abs(np.arange(shape[0]) + 0.5 - middle[1]) / size[1]
+    depth: Floats = 0.5 - np.maximum(across, down[:, None])
     return depth
 
 

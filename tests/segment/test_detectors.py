@@ -494,6 +494,14 @@ def test_a_box_that_is_much_larger_than_its_heat_makes_no_prompt() -> None:
     assert len(prompts) == 1 and fused == prompts
 
 
+def test_a_box_that_is_too_large_takes_no_instance_from_those_that_share_it() -> None:
+    heat = np.zeros((20, 40))
+    heat[8:12, 10:20] = 0.8
+    halves = ((10, 8, 15, 12), (15, 8, 20, 12))
+    _, fused = fuse(heat, (0, 0, 40, 20), *halves, scores=(0.9, 0.5, 0.4))
+    assert [prompt.box.tolist() for prompt in fused] == [list(box) for box in halves]
+
+
 def test_ground_that_two_boxes_share_goes_to_the_one_in_which_it_lies_deeper() -> None:
     heat = np.zeros((20, 40))
     heat[5:15, 5:35] = 0.8
