@@ -246,6 +246,9 @@ def segment(
     profile: Annotated[str, typer.Option(help="full: published weights; demo: ours.")] = "full",
     clipseg: ClipsegOption = None,
     sam2: Sam2Option = None,
+    detector: Annotated[
+        str, typer.Option(help="Boxes to join with the heat: none, mm-grounding-dino or owlv2.")
+    ] = "none",
     template: TemplateOption = None,
     presence_threshold: PresenceOption = None,
     box_threshold: BoxOption = None,
@@ -288,7 +291,7 @@ def segment(
     check_formats(formats or ())
     options = {**_collect_limits(context), "exclusive": exclusive, "assume_present": assume_present}
     sources = _expand_folders(images)
-    segmenter = _load_segmenter(profile, clipseg, sam2, template, _pick_own_gpu(device))
+    segmenter = _load_segmenter(profile, clipseg, sam2, template, _pick_own_gpu(device), detector)
     if len(sources) > 1:
         chosen = [*dict.fromkeys(["coco", *(formats or ()), *(REPORT if report else ())])]
         _segment_many(segmenter, sources, (prompt, not_ or ()), options, out=out, formats=chosen)
@@ -461,14 +464,21 @@ def _name_fields(limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_segmenter(
-    profile: str, clipseg: str | None, sam2: str | None, templates: list[str] | None, device: str
+    profile: str,
+    clipseg: str | None,
+    sam2: str | None,
+    templates: list[str] | None,
+    device: str,
+    detector: str = "none",
 ) -> TextSegmenter:
     from labkit.segment.clipseg import check_templates
     from labkit.segment.pipeline import TextSegmenter
 
     if templates:
         check_templates(templates)
-    segmenter = TextSegmenter.from_profile(profile, clipseg=clipseg, sam2=sam2, device=device)
+    segmenter = TextSegmenter.from_profile(
+        profile, clipseg=clipseg, sam2=sam2, detector=detector, device=device
+    )
     if templates:
         segmenter.templates = tuple(templates)
     return segmenter

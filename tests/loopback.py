@@ -32,6 +32,10 @@ class Fault(Enum):
     """A sign-in page with status 200, as a captive portal sends it."""
     UNAVAILABLE = auto()
     """Status 503."""
+    GATED = auto()
+    """Status 403, as the hub answers who has not accepted the licence of a gated repository."""
+    UNAUTHORIZED = auto()
+    """Status 401, as the hub answers who is not logged in."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"busy", {})
         elif fault is Fault.HTML_PAGE:
             self._send(200, HTML_PAGE, {"Content-Type": "text/html; charset=utf-8"})
+        elif fault is Fault.GATED:
+            self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+        elif fault is Fault.UNAUTHORIZED:
+            self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
         elif file is None:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         elif file.redirect:

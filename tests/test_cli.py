@@ -262,6 +262,7 @@ def test_doctor_answers_in_under_five_seconds_of_work(tmp_path: Path) -> None:
         (["segment", "x.png", "--prompt", "a", "--clipseg", "."], ". is no CLIPSeg, it lacks"),
         (["segment", "x.png", "--prompt", "a", "--sam2", "."], "one file of weights"),
         (["segment", "x.png", "--prompt", "a", "--sam2", "huge"], "sam2 must be one of tiny"),
+        (["segment", "x.png", "--prompt", "a", "--detector", "yolo"], "detector must be one of"),
         (["bench", "segment", "--data", "none"], "there is no none; give a folder of label"),
         (["bench", "segment", "--data", "."], "holds neither NAME_labels.png"),
         (["bench", "segment", "--crops"], "--limit and --crops need --data"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from labkit.files import download_from_hub, has_digest, parse_json
 from labkit.runtime import InputError, SourceError, as_one_line, find_root_cause
@@ -32,6 +33,9 @@ class Checkpoint:
     filename: str = "model.safetensors"
     revision: str = "main"
     digest: str = ""
+    remedy: ClassVar[str] = (
+        "Check the network and the source, or choose profile='demo', which needs neither."
+    )
 
     @property
     def name(self) -> str:
@@ -54,14 +58,15 @@ class Checkpoint:
         """
         if self._is_folder:
             path = Path(self.source) / self.filename
-            _check_local(path, self.digest)
+            _check_local(path, self.digest, self.remedy)
             return path
         try:
             return download_from_hub(
                 self.source, self.filename, revision=self.revision, digest=self.digest or None
             )
         except SourceError as error:
-            raise SourceError(f"{str(error).rstrip('.')}. {_REMEDY}") from error
+            reason = self._explain_refusal(error) or str(error).rstrip(".")
+            raise SourceError(f"{reason}. {self.remedy}") from error
 
     def fetch_folder(self) -> Path:
         """The folder with the weights and the small files beside them, such as the tokenizer.
@@ -78,10 +83,24 @@ class Checkpoint:
                 self.source, revision=self.revision, allow_patterns=["*.json", "*.txt"]
             )
         except Exception as error:  # its own, httpx's and the system's have no common base
-            cause = find_root_cause(error)
-            raise SourceError(f"could not download {self.source}: {cause}. {_REMEDY}") from error
+            cause = f"could not download {self.source}: {find_root_cause(error)}"
+            reason = self._explain_refusal(error) or cause
+            raise SourceError(f"{reason}. {self.remedy}") from error
         self.fetch()
         return Path(folder)
+
+    def _explain_refusal(self, error: BaseException) -> str:
+        """Say that the hub refuses the repository, where `error` comes of that; "" elsewhere."""
+        cause: BaseException | None = error
+        while cause is not None:
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            if status in (401, 403):
+                return (
+                    f"the hub refuses {self.source} ({status}): it is gated, private or misspelt; "
+                    "accept its licence on its page and log in with `hf auth login`"
+                )
+            cause = cause.__cause__
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,13 @@ class Sam2Checkpoint(Checkpoint):
         if not path.is_file():
             raise SourceError(f"there is no SAM-2 configuration {path}")
         return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorCheckpoint(Checkpoint):
+    """The weights of a detector, as transformers writes them."""
+
+    remedy: ClassVar[str] = "Check the network and the source, or choose detector='none'."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +238,6 @@ def _published_sam2(size: str, short: str, digest: str, revision: str = "main") 
     )
 
 
-_REMEDY = "Check the network and the source, or choose profile='demo', which needs neither."
 _ASSETS = Path(str(files("labkit"))) / "assets"
 
 _FULL = Profile(
@@ -246,6 +271,19 @@ _FULL = Profile(
     ),
     templates=("a photo of a {}",),
 )
+
+DETECTORS: Mapping[str, DetectorCheckpoint] = {
+    # No revision and no digest is known from several independent sources.
+    "mm-grounding-dino": DetectorCheckpoint(
+        source="openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det"
+    ),
+    "owlv2": DetectorCheckpoint(
+        source="google/owlv2-base-patch16-ensemble",
+        revision="cfd3195ba4ea9592eec887ded089f4c08eff231d",
+        digest="sha256:e1e130b9e404cf91a75ad45644c1da9d7fa5284085eecc864266a6923efb99e7",
+    ),
+}
+"""The published detectors by name, both under the licence Apache-2.0."""
 
 
 def get_profile(name: str) -> Profile:
@@ -313,6 +351,32 @@ def find_clipseg(text: str) -> Checkpoint:
         if missing:
             raise InputError(f"clipseg: {folder} is no CLIPSeg, it lacks {' and '.join(missing)}")
     return checkpoint
+
+
+def find_detector(text: str) -> DetectorCheckpoint:
+    """Find the detector that `text` names.
+
+    Args:
+        text: one of the names in `DETECTORS`; or SOURCE[@REVISION][#sha256:DIGEST], where the
+            source is a folder with the files of transformers, or a repository of the Hugging Face
+            hub, "owner/name".
+
+    Raises:
+        InputError: it is none of these.
+
+    Example:
+        >>> find_detector("owlv2").name
+        'google/owlv2-base-patch16-ensemble at cfd3195ba4ea'
+    """
+    if text in DETECTORS:
+        return DETECTORS[text]
+    checkpoint = _parse_source("detector", text, ("none", *DETECTORS))
+    for published in DETECTORS.values():
+        if text == published.source:
+            return published
+    return DetectorCheckpoint(
+        source=checkpoint.source, revision=checkpoint.revision, digest=checkpoint.digest
+    )
 
 
 def find_sam2(text: str, *, sizes: Sequence[str] = ()) -> Sam2Checkpoint:
@@ -432,9 +496,9 @@ def check_installed() -> None:
         )
 
 
-def _check_local(path: Path, digest: str) -> None:
+def _check_local(path: Path, digest: str, remedy: str) -> None:
     if not path.is_file():
-        raise SourceError(f"there is no {path}. {_REMEDY}")
+        raise SourceError(f"there is no {path}. {remedy}")
     if digest and not has_digest(path, digest):
         raise SourceError(
             f"{path} has a wrong checksum (expected {digest}): it was altered or cut short. "

@@ -5,10 +5,11 @@ Source: Lüddecke and Ecker, Image Segmentation Using Text and Image Prompts, 20
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,26 +320,14 @@ class ClipSeg:
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
         folder = checkpoint.fetch_folder()
-        try:
+        with explain_load_failure(checkpoint, folder, "a CLIPSeg"):
             processor = CLIPSegProcessor.from_pretrained(  # nosec B615: a folder, verified before
                 folder, local_files_only=True
             )
-            model = _load_quietly(CLIPSegForImageSegmentation, folder)
+            model = load_quietly(CLIPSegForImageSegmentation, folder)
             known, needed = len(processor.tokenizer), model.config.text_config.vocab_size
             if known != needed:
                 raise ValueError(f"its tokenizer has {known} tokens, its model {needed}")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = as_one_line(error)
-            raise SourceError(
-                f"{checkpoint.source} could not be loaded as a CLIPSeg: {reason}"
-            ) from error
-        except Exception as error:  # safetensors' own class has no other base
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise SourceError(
-                f"model.safetensors of {checkpoint.source} is damaged ({error}); remove it, so "
-                f"that it is downloaded anew: {folder / 'model.safetensors'}"
-            ) from error
         return cls(model, processor, device, resolve_precision("auto", device))
 
     @property
@@ -494,7 +483,30 @@ def fit_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _load_quietly(model_class: Any, folder: Path) -> Any:
+@contextlib.contextmanager
+def explain_load_failure(checkpoint: Checkpoint, folder: Path, kind: str) -> Iterator[None]:
+    """Turn what goes wrong while a model is loaded into a SourceError of one line.
+
+    Args:
+        checkpoint: the weights.
+        folder: that holds them.
+        kind: what the model should be, such as "a CLIPSeg".
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = as_one_line(error)
+        raise SourceError(f"{checkpoint.source} could not be loaded as {kind}: {reason}") from error
+    except Exception as error:  # safetensors' own class has no other base
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise SourceError(
+            f"model.safetensors of {checkpoint.source} is damaged ({error}); remove it, so "
+            f"that it is downloaded anew: {folder / 'model.safetensors'}"
+        ) from error
+
+
+def load_quietly(model_class: Any, folder: Path) -> Any:
     """Load a model in fp32 without transformers' own progress bars and reports.
 
     Where a weight is missing, transformers puts a random one and goes on. Here that is a

@@ -89,9 +89,9 @@ def to_coco(segmentation: Segmentation, name: str, *, polygons: bool = False) ->
 
     It serves as ground truth; `to_coco_results` gives results. Each annotation has its four scores
     apart, and none called `score`: a product of unlike things is no confidence. `sentences` says of
-    each sentence whether it is present, why not, and in `suggestions`, if there are any, which
-    other forms of it would be. Where presence was assumed, `assumed` is true and `present` is null,
-    since nothing was judged.
+    each sentence whether it is present, why not, in `suggestions`, if there are any, which other
+    forms of it would be, and in `detector_score`, if a detector was asked, how sure it is. Where
+    presence was assumed, `assumed` is true and `present` is null, since nothing was judged.
 
     Args:
         segmentation: of one image.
@@ -585,6 +585,7 @@ def _describe_sentences(segmentation: Segmentation) -> list[dict[str, Any]]:
             **({"assumed": True} if result.assumed else {}),
             "presence": result.presence,
             "reason": result.reason,
+            **({} if result.detector_score is None else {"detector_score": result.detector_score}),
             **({"suggestions": dict(result.suggestions)} if result.suggestions else {}),
         }
         for result in segmentation.sentences

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from labkit.runtime import InputError, as_one_line
+from labkit.segment.detectors import Detections, fuse_prompts
 from labkit.segment.instances import (
     Floats,
     Heat,
@@ -140,6 +141,7 @@ def init_queries(
     low_res_size: int,
     absolute: bool = True,
     box_threshold: float = 0.5,
+    detections: Sequence[Detections] | None = None,
 ) -> list[Query]:
     """Make a query for each of W sentences, with its first prompts if the sentence counts as true.
 
@@ -154,6 +156,8 @@ def init_queries(
         absolute: whether an unwanted sentence takes the ground where its probability is higher, or
             where it is higher in relation to the peak of its map.
         box_threshold: see `labkit.segment.prompts.make_prompts`.
+        detections: for each of W sentences, boxes of a detector in pixels of the maps; see
+            `labkit.segment.detectors.fuse_prompts`. None if none was asked.
     """
     blur = _BLUR * patch_size
     wanted, unwanted = (_smooth(maps, blur) for maps in (wanted, unwanted))
@@ -178,6 +182,14 @@ def init_queries(
                 competing=find_competing_heat(scale_to_peak(heat), rivals),
                 box_threshold=box_threshold,
             )
+            if detections is not None:
+                prompts = fuse_prompts(
+                    prompts,
+                    heat,
+                    detections[index],
+                    low_res_size=low_res_size,
+                    box_threshold=box_threshold,
+                )
             lead = unwanted_level - levels[index] if len(unwanted) else None
             query = replace(query, heat=heat, pending=tuple(prompts), lead=lead)
         queries.append(query)

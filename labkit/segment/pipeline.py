@@ -34,6 +34,7 @@ from labkit.segment.clipseg import (
     shorten_sentence,
     vary_sentence,
 )
+from labkit.segment.detectors import Detections, Detector, detect_boxes, load_detector
 from labkit.segment.export import get_file_name
 from labkit.segment.generate import (
     Correction,
@@ -85,8 +86,9 @@ class TextSegmenter:
         templates: Sequence[str] = ("{}",),
         note: str = "",
         models: Mapping[str, str] | None = None,
+        detector: Detector | None = None,
     ) -> None:
-        self.clipseg, self.sam2 = clipseg, sam2
+        self.clipseg, self.sam2, self.detector = clipseg, sam2, detector
         self.presence, self.templates = presence, tuple(templates)
         self.note, self.models = note, dict(models or {})
         self._hinted: set[str] = set()  # sentences that a hint was given for
@@ -99,6 +101,7 @@ class TextSegmenter:
         *,
         clipseg: str | Checkpoint | None = None,
         sam2: str | Sam2Checkpoint | None = None,
+        detector: str | Detector | None = None,
         device: str = "auto",
     ) -> TextSegmenter:
         """Load a segmenter with the weights of a profile.
@@ -111,6 +114,9 @@ class TextSegmenter:
             sam2: the size of SAM-2, for "full" one of tiny, small, base-plus and large; or a SAM-2
                 of your own: a folder, a file, a repository of the hub, or a `Sam2Checkpoint`; see
                 `labkit.segment.checkpoints.find_sam2`.
+            detector: "mm-grounding-dino" or "owlv2", whose boxes join the prompts of the heat map,
+                see `labkit.segment.detectors.fuse_prompts`; or a detector of your own, see
+                `labkit.segment.detectors`. None or "none" for none: no figure here favours another.
             device: auto, cpu, cuda or cuda:N.
 
         Raises:
@@ -121,13 +127,20 @@ class TextSegmenter:
         weights = get_profile(profile) if isinstance(profile, str) else profile
         weights = weights.replace_weights(clipseg=clipseg, sam2=sam2)
         checkpoint, torch_device = weights.get_sam2(), pick_device(device)
+        if isinstance(detector, str):
+            detector = None if detector == "none" else load_detector(detector, torch_device)
         return cls(
             ClipSeg.from_checkpoint(weights.clipseg, torch_device),
             Sam2.from_checkpoint(checkpoint, torch_device),
             presence=weights.presence,
             templates=weights.templates,
             note=weights.note,
-            models={"CLIPSeg": weights.clipseg.name, "SAM-2": checkpoint.name},
+            models={
+                "CLIPSeg": weights.clipseg.name,
+                "SAM-2": checkpoint.name,
+                **({"detector": detector.name} if detector else {}),
+            },
+            detector=detector,
         )
 
     def __call__(
@@ -381,6 +394,12 @@ class TextSegmenter:
             ]
             for stack in (evidence, measure_evidence(unwanted, wanted))
         )
+        detections = (
+            None
+            if self.detector is None
+            else detect_boxes(self.detector, image, question.sentences)
+        )
+        scale = (wanted.shape[2] / image.shape[1], wanted.shape[1] / image.shape[0])
         queries = init_queries(
             question.sentences,
             wanted,
@@ -390,9 +409,15 @@ class TextSegmenter:
             low_res_size=self.sam2.low_res_size,
             absolute=not assume_present,
             box_threshold=question.thresholds.box,
+            detections=detections and [each.scale(*scale) for each in detections],
         )
         return _Draft(
-            image=image, wanted=wanted, unwanted=unwanted, evidence=evidence, queries=queries
+            image=image,
+            wanted=wanted,
+            unwanted=unwanted,
+            evidence=evidence,
+            queries=queries,
+            detections=detections,
         )
 
     def _encode_drafts(self, drafts: Sequence[_Draft], thresholds: Thresholds) -> list[_Draft]:
@@ -441,6 +466,7 @@ class TextSegmenter:
                 objects=(),
                 size=draft.size,
                 assumed=presence.assumed,
+                detector_score=draft.detections[index].score if draft.detections else None,
             )
             if result.present and corrector is not None:
                 result = _add_objects(result, query, thresholds, corrector)
@@ -557,6 +583,7 @@ class _Draft:
         unwanted: maps (U, h, w) of what is not meant.
         evidence: of each sentence.
         queries: of each sentence, with its first prompts.
+        detections: of each sentence; None where no detector was asked.
         encoded: the image for further sentences; None for no suggestions.
         corrector: holds SAM-2's features of the image; None where nothing is prompted.
     """
@@ -566,6 +593,7 @@ class _Draft:
     unwanted: Maps
     evidence: Sequence[Evidence]
     queries: Sequence[Query]
+    detections: Sequence[Detections] | None = None
     encoded: EncodedImage | None = None
     corrector: ImageCorrector | None = None
 

@@ -87,6 +87,8 @@ class SentenceResult:
             no mask comes of it.
         assumed: whether presence was assumed (`assume_present`), so that `present` is no verdict
             and says only that there are masks.
+        detector_score: the highest score in [0, 1] of the detector's boxes, 0 if it found none;
+            None if there was no detector. It is evidence apart, and decides nothing.
     """
 
     sentence: str
@@ -100,6 +102,7 @@ class SentenceResult:
     size: tuple[int, int]
     suggestions: Mapping[str, float] = field(default_factory=dict)
     assumed: bool = False
+    detector_score: float | None = None
 
     def list_suggestions(self) -> str:
         """The suggestions as text; "" for none."""
