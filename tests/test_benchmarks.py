@@ -174,7 +174,7 @@ def test_the_race_is_between_networks_of_one_size(monkeypatch: pytest.MonkeyPatc
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
         sizes[name] = sum(parameter.numel() for parameter in model.blocks.parameters())
     assert list(sizes) == ["vit-nano", "vit-cifar", "cct"]
-    biases = 6 * 4 * 15 * 15  # relative positions, which vit-nano alone has
+    biases = 6 * 2 * 15 * 15  # of 6 blocks of 2 heads, for relative positions: vit-nano's alone
     assert sizes["vit-nano"] - biases == sizes["vit-cifar"] == sizes["cct"]
 
 

@@ -605,7 +605,7 @@ def _load_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
             f"{folder} holds no finished run ({', '.join(missing)} missing); "
             "train one with: labkit train --out FOLDER"
         )
-    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(parse_json(text)))
+    config = _read(folder / CONFIG, lambda text: TrainConfig.from_json(dict(parse_json(text))))
     saved = _read(folder / METRICS, lambda text: dict(parse_json(text)))
     return config, saved
 
