@@ -114,13 +114,22 @@ CLASSIFIER = (
     Row(
         "training time of `speed-narrow` against 40 epochs of the seed recipe, and its accuracy",
         TIME,
-        lambda r: f"{r['ratio']:.3f} times, {percent(r['speed_accuracy'])}",
+        lambda r: (
+            f"{r['ratio']:.3f} times "
+            f"({r['speed_seconds'] / r['seed_seconds_mixed']:.3f} of the seed in bf16), "
+            f"{percent(r['speed_accuracy'])}"
+        ),
         TIME_TO_SEED,
     ),
     Row(
         "`speed` in the time of the seed recipe: test accuracy",
         TIME,
-        lambda r: percent(r["accuracy_in_seed_time"]),
+        lambda r: (
+            f"{percent(r['accuracy_in_seed_time'])}, "
+            f"in {r['long_seconds'] / r['seed_seconds']:.2f} of it"
+            if "long_seconds" in r
+            else NOT_MEASURED
+        ),
         "as above",
     ),
     Row(
@@ -345,14 +354,15 @@ def make_trust(results: Results) -> str:
     lines = []
     for row in result["lines"]:
         number, _, _ = row["line"].partition(" ")
-        cases = row["figures"].get("not_run") or f"{row['tried']:,}"
+        if "not_run" in row["figures"]:
+            lines.append((number, row["what"], NOT_MEASURED, "–", "–", "–"))
+            continue
         figures = [
             f"{name.replace('_', ' ')}: {_format_figure(value)}"
             for name, value in row["figures"].items()
-            if name != "not_run"
         ]
-        seconds = f"{row['seconds']:,.0f}"
-        lines.append((number, row["what"], cases, str(row["failed"]), "; ".join(figures), seconds))
+        cells = (f"{row['tried']:,}", str(row["failed"]), "; ".join(figures) or "–")
+        lines.append((number, row["what"], *cells, f"{row['seconds']:,.0f}"))
     return draw(head, lines)
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,3 +188,23 @@ def test_the_lead_is_that_over_the_best_of_the_others_seed_by_seed(
     result = vit_race.summarise(accuracies)
     assert result["best_other"] == "cct" and result["lead"] == pytest.approx(0.06)
     assert result["lead_ci"][0] < 0.05 < 0.07 < result["lead_ci"][1]
+
+
+def test_the_time_to_the_seeds_accuracy_is_that_of_forty_epochs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is written while the longest run is still missing, and then again."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    time_to_seed: Any = importlib.import_module("time_to_seed")
+
+    def make_run(seconds: float) -> Any:
+        facts = {"train_seconds": seconds, "data_name": "x", "precision": "fp32", "parameters": 1}
+        metrics = SimpleNamespace(accuracy=0.9, accuracy_interval=(0.8, 1.0), accuracy_tta=0.91)
+        return SimpleNamespace(facts=facts, metrics=metrics, config=get_preset("speed"))
+
+    runs = {"seed-fp32": make_run(100), "seed-mixed": make_run(50), "fast": make_run(200)}
+    result = time_to_seed.summarise(runs, 0.8)
+    assert (result["seed_seconds"], result["seed_seconds_mixed"]) == (4000, 2000)
+    assert result["ratio"] == 0.05 and "accuracy_in_seed_time" not in result
+    result = time_to_seed.summarise({**runs, "long": make_run(3900)}, 0.8)
+    assert result["long_seconds"] == 3900 and result["accuracy_in_seed_time"] == 0.9
