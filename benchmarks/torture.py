@@ -725,6 +725,7 @@ def break_downloads(tally: Tally) -> None:
     body = random.Random(15).randbytes(40_000)
     digest = "sha256:" + hashlib.sha256(body).hexdigest()
     sleep, time.sleep = time.sleep, lambda _: None
+    definite = {Fault.HTML_PAGE, Fault.GATED, Fault.UNAUTHORIZED}  # not tried again
     longest = 0.0
     try:
         with LoopbackServer() as server, contextlib.redirect_stderr(io.StringIO()):
@@ -751,7 +752,7 @@ def break_downloads(tally: Tally) -> None:
                         server.fail("/good.bin", *[fault] * (9 if is_lasting else 1))
                     began = time.monotonic()
                     get = functools.partial(download, url, path, digest=digest, timeout=0.3)
-                    if is_lasting or fault is Fault.HTML_PAGE:
+                    if is_lasting or fault in definite:
                         tally.refuse(get, name, SourceError)
                         tally.check(not path.exists(), f"{name}: a file is there")
                     else:
