@@ -61,27 +61,33 @@ def draw_overlay(segmentation: Segmentation) -> Figure:
     figure = create_figure(figure_width, figure_height, segmentation.note)
     axes = figure.subplots()
     _show(axes, image)
-    for segmented, colour in _colour(image, segmentation):
-        _paint(axes, segmented.mask, colour)
-    _name_objects(axes, segmentation, image, width / image_width)
+    colours = _paint_objects(axes, image, segmentation)
+    _name_objects(axes, segmentation, colours, width / image_width)
     axes.set_title("\n".join(lines), loc="left", fontsize=9, color=INK, parse_math=False)
     return figure
 
 
 def _name_objects(
-    axes: Axes, segmentation: Segmentation, image: NDArray[np.uint8], pixels_per_inch: float
+    axes: Axes, segmentation: Segmentation, colours: Sequence[str], pixels_per_inch: float
 ) -> None:
-    """Write the name of each object, or its number where there are many, near it."""
+    """Write the name of each object, or its number where there are many, near it.
+
+    Args:
+        axes: as wide and high, in data units, as the image that is shown.
+        segmentation: the objects.
+        colours: of each of them.
+        pixels_per_inch: of the image that is shown.
+    """
     if not len(segmentation):
         return
     names = [make_drawable(segmented.sentence, _MAX_LABEL) for segmented in segmentation]
     if len(names) > _MAX_NAMED:
         names = [str(number) for number in range(1, len(names) + 1)]
-    height, width = image.shape[:2]
+    width, height = _measure_axes(axes)
     boxes = segmentation.boxes * (width / segmentation.image.shape[1])
     sizes = np.array([(CHARACTER * len(name) + 0.14, TEXT_LINE + 0.08) for name in names])
     places = place_labels(boxes, sizes * pixels_per_inch, (width, height))
-    for (x, y), name, (_, colour) in zip(places, names, _colour(image, segmentation), strict=True):
+    for (x, y), name, colour in zip(places, names, colours, strict=True):
         box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "white"}
         text = {**SMALL, "color": pick_text_colour(colour)}
         inset = 0.05 * pixels_per_inch
@@ -143,25 +149,34 @@ def pick_text_colour(colour: str) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-def _colour(
-    image: NDArray[np.uint8], objects: Iterable[SegmentedObject]
-) -> list[tuple[SegmentedObject, str]]:
-    """Each object with a colour that stands out from its pixels, the least used of these."""
+def _paint_objects(
+    axes: Axes, image: NDArray[np.uint8], objects: Iterable[SegmentedObject]
+) -> list[str]:
+    """Tint each object over the image in `axes`; return the colours."""
+    height, width = image.shape[:2]
+    masks = [_resize_mask(segmented.mask, width, height) for segmented in objects]
+    colours = _pick_colours(image, masks)
+    for mask, colour in zip(masks, colours, strict=True):
+        _paint(axes, mask, colour)
+    return colours
+
+
+def _pick_colours(image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]]) -> list[str]:
+    """A colour for each mask that stands out from its pixels, the least used of these."""
     from matplotlib.colors import to_rgb
     from skimage.color import rgb2lab
 
     palette, lab = rgb2lab([to_rgb(colour) for colour in _COLOURS]), rgb2lab(image)
     uses = np.zeros(len(_COLOURS), dtype=int)
-    coloured = []
-    for segmented in objects:
-        mask = _resize_mask(segmented.mask, image.shape[1], image.shape[0])
+    colours = []
+    for mask in masks:
         seen = lab[mask].mean(axis=0) if mask.any() else lab.mean(axis=(0, 1))
         distance = ((palette - seen) ** 2).sum(axis=1) ** 0.5
         close = np.maximum(_STANDS_OUT - distance, 0)  # 0 for all that stand out
         best = int(np.lexsort((uses, close))[0])
         uses[best] += 1
-        coloured.append((segmented, _COLOURS[best]))
-    return coloured
+        colours.append(_COLOURS[best])
+    return colours
 
 
 @use_plain_text()
@@ -259,8 +274,7 @@ def _draw_prompts(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) 
 
 def _draw_masks(axes: Axes, image: NDArray[np.uint8], result: SentenceResult) -> str:
     _show(axes, image)
-    for segmented, colour in _colour(image, result.objects):
-        _paint(axes, segmented.mask, colour)
+    _paint_objects(axes, image, result.objects)
     verdict = f"{len(result.objects)} found" if result.objects else f"absent: {result.reason}"
     assumed = "assumed, " if result.assumed else ""
     return f"{verdict} ({assumed}presence {result.presence:.2f})"
@@ -311,12 +325,18 @@ def _resize_mask(mask: NDArray[np.bool_], width: int, height: int) -> NDArray[np
     return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT) > 0
 
 
+def _measure_axes(axes: Axes) -> tuple[int, int]:
+    """Width and height of `axes` in data units, which are pixels of the image shown."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    return round(abs(right - left)), round(abs(top - bottom))
+
+
 def _paint(axes: Axes, mask: NDArray[np.bool_], colour: str, strength: float = 0.5) -> None:
     """Tint `mask`, of any size, over the whole of `axes`, with an outline inside a white one."""
     import cv2
     from matplotlib.colors import to_rgb
 
-    width, height = (round(abs(b - a)) for a, b in (axes.get_xlim(), axes.get_ylim()))
+    width, height = _measure_axes(axes)
     small = _resize_mask(mask, width, height)
     thickness = max(1, round(max(small.shape) / 300))
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))

@@ -35,25 +35,35 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def make_letter_tokenizer(longest: int, **options: Any) -> Any:
+    """CLIP's tokenizer with a vocabulary of single letters, then its two special tokens."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=numbers, merges=[], model_max_length=longest, **options)
+
+
 def save_clipseg(folder: Path) -> None:
     """In half precision, as the assets are; the tokenizer knows single letters."""
     from transformers import (
         CLIPSegConfig,
         CLIPSegForImageSegmentation,
         CLIPSegProcessor,
-        CLIPTokenizer,
         ViTImageProcessor,
     )
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=numbers, merges=[], model_max_length=LONGEST)
+    tokenizer = make_letter_tokenizer(LONGEST)
     end = tokenizer.eos_token_id
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": LONGEST}
+    text = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": LONGEST,
+    }
     vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "num_hidden_layers": 4}
     model = CLIPSegForImageSegmentation(
         CLIPSegConfig(

@@ -30,7 +30,7 @@ from labkit.segment.detectors import (
 from labkit.segment.pipeline import TextSegmenter
 from labkit.segment.prompts import Prompt, make_prompts
 from tests.loopback import Fault, LoopbackHub
-from tests.segment.conftest import CPU, CallsOf, enliven, noise
+from tests.segment.conftest import CPU, CallsOf, enliven, make_letter_tokenizer, noise
 
 SENTENCES = ["red ball", "blue dog", "saint bernard"]
 LOW_RES = 32
@@ -89,19 +89,14 @@ def save_grounding_dino(folder: Path) -> Path:
 def save_owlv2(folder: Path) -> Path:
     """A tiny one, whose tokenizer knows single letters."""
     from transformers import (
-        CLIPTokenizer,
         Owlv2Config,
         Owlv2ForObjectDetection,
         Owlv2ImageProcessor,
         Owlv2Processor,
     )
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=numbers, merges=[], model_max_length=40, pad_token="!")
-    end = len(tokens) - 1
+    tokenizer = make_letter_tokenizer(40, pad_token="!")
+    end = tokenizer.eos_token_id
     size = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -111,7 +106,7 @@ def save_owlv2(folder: Path) -> Path:
     special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": 0}
     config = Owlv2Config(
         text_config={
-            "vocab_size": len(tokens),
+            "vocab_size": len(tokenizer),
             "max_position_embeddings": 40,
             **size,
             **special,
